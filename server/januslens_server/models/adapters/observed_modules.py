@@ -290,12 +290,14 @@ def _terms(candidates: Sequence[_Call], block: _Call, config: PreTrainedConfig) 
     if not (added.isfinite().all() and columns.isfinite().all()):  # the self-check says why
         return []
     sizes = columns.norm(dim=0)
-    solved = torch.linalg.lstsq(columns / sizes, added[:, None]).solution[:, 0] / sizes
+    unit = columns / sizes
+    # The normal equations: there are a few columns, and thousands of rows.
+    solved = torch.linalg.pinv(unit.T @ unit, hermitian=True) @ (unit.T @ added) / sizes
     data_type = block.output.dtype
     terms: _Terms = []
-    rest = added
+    rest, known = added, _factors(config)
     for i, (call, factor) in enumerate(zip(candidates, solved.tolist(), strict=True)):
-        near = min(_factors(config), key=lambda known: abs(known - factor))
+        near = min(known, key=lambda each: abs(each - factor))
         if abs(near - factor) <= FACTOR[data_type] * near:
             terms.append((call, near))
             rest = rest - near * columns[:, i]
