@@ -39,10 +39,10 @@ HOSTILE = [
 ]
 
 
-def random_gpt2(folder: Path) -> Path:
+def random_gpt2(folder: Path, layers: int = LAYERS, positions: int = 128) -> Path:
     """Save a GPT-2 with a tokenizer of made-up words, including hostile ones."""
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_layer=LAYERS, n_embd=48, n_head=12, n_positions=128
+        vocab_size=VOCABULARY, n_layer=layers, n_embd=48, n_head=12, n_positions=positions
     )
     torch.manual_seed(0)
     return _saved(GPT2LMHeadModel(config), "transformer.h", folder)
