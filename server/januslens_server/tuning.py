@@ -17,7 +17,7 @@ SPIN_COUNT = "1000"
 # default this grows to 32 MiB as blocks are freed: then activations of long prompts fragment the
 # heap, and a pass of 3,000 tokens through Gemma 3 270M grew the process by 960 MB instead of 200.
 # Each new mapping takes a page fault per page, so the lens computes its products in smaller blocks
-# (`lens.cpu.PRODUCT_BYTES`), which the heap reuses.
+# (`lens.unembedding.PRODUCT_BYTES`), which the heap reuses.
 MAPPED_BYTES = 2**20
 # Bytes of free memory at the end of a heap that glibc keeps. With its default of 128 KiB it would
 # return the block of one product to the system before the next one needs it.

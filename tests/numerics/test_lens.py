@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, Norm
 from januslens_server.lens.projection import project
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import NodeKind
 from januslens_server.specs import LensKind, LensSpec, ProjectSpec, Selection, TraceSpec
 from tests.reference.examples import EXAMPLES, VOCABULARY, Loaded, LoadExample, prompt

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from januslens_server.lens.cpu import BLOCK, highest, lowest
+from januslens_server.lens.extremes import BLOCK, highest, lowest
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens

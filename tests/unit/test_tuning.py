@@ -112,7 +112,7 @@ FAULTS = """
 import resource, torch
 from januslens_server import tuning
 tuning.map_large_blocks()
-from januslens_server.lens.cpu import Unembedding
+from januslens_server.lens.unembedding import Unembedding
 unembedding = Unembedding(torch.ones(16_384, 64))
 vectors, logits = torch.ones(512, 64), torch.empty(512, 16_384)
 def compute():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from januslens_server.errors import CancelCheck
+from januslens_server.transfer import DeviceIndex
 
 # Features of a fused module's output: consecutive ones, or any others (interleaved heads).
 Columns = range | tuple[int, ...]
@@ -50,7 +52,7 @@ class Tap:
         """Return the module's whole tensor with other tapped `features`, shaped as `read` does."""
         if self.columns is not None:
             changed = (value.transpose(1, 2) if self.heads_first else value).clone()
-            changed[..., _index(self.columns)] = features
+            changed[..., _index(self.columns, value.device)] = features
             features = changed
         return features.transpose(1, 2) if self.heads_first else features
 
@@ -61,7 +63,7 @@ def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:
     With None, the same tensor object is returned and not a view, because autograd computes
     gradients only for tensors that the model itself uses.
     """
-    return whole if columns is None else whole[..., _index(columns)]
+    return whole if columns is None else whole[..., _index(columns, whole.device)]
 
 
 def rows(captured: torch.Tensor) -> torch.Tensor:
@@ -74,14 +76,20 @@ def add_to_columns(
 ) -> torch.Tensor:
     """Return a copy of `whole` `[..., features]` with `added` added to its `columns`."""
     changed = whole.clone()
-    changed[..., slice(None) if columns is None else _index(columns)] += added
+    changed[..., slice(None) if columns is None else _index(columns, whole.device)] += added
     return changed
 
 
-def _index(columns: Columns) -> slice | list[int]:
+def _index(columns: Columns, device: torch.device) -> slice | torch.Tensor:
     if isinstance(columns, range):
         return slice(columns.start, columns.stop, columns.step)
-    return list(columns)
+    return _device_index(columns).on(device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _device_index(columns: tuple[int, ...]) -> DeviceIndex:
+    """Return the index of a fused module's features, which are the same at every call."""
+    return DeviceIndex(columns)
 
 
 def nth_tensor(values: Any, named: Mapping[str, Any] | None = None, n: int = 0) -> torch.Tensor:

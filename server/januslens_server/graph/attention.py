@@ -21,6 +21,7 @@ from januslens_server.graph.weighted_rows import (
 from januslens_server.graph.weights import AttentionWeights, WeightedRows, attention_row
 from januslens_server.results import EdgeKind, Members, NodeKind, NodeRun
 from januslens_server.specs import Selection
+from januslens_server.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def _named(numbers: list[int], sizes: torch.Tensor) -> _Heads:
     """Select heads by number; `sizes` is `[n_heads]`."""
     if len(numbers) == len(sizes):
         return _Heads(numbers, slice(None))
-    return _Heads(numbers, torch.tensor(numbers, dtype=torch.long, device=sizes.device))
+    return _Heads(numbers, to_device(numbers, sizes.device))
 
 
 def _heads(flow: FlowBuilder, kind: NodeKind, heads: _Heads) -> NodeRun:
@@ -367,7 +368,8 @@ def _add_concat(
     concat = flow.node(NodeKind.ATTENTION_CONCAT, total, projected=False)
     parts, ids = outputs[heads.pick], head_outputs
     if isinstance(heads.pick, torch.Tensor) and flow.shows(NodeKind.OTHER):
-        rest = outputs[left_out(len(outputs), heads.pick)].sum(0, keepdim=True)
+        kept = left_out(len(outputs), heads.pick)[:, None]
+        rest = torch.where(kept, outputs, 0.0).sum(0, keepdim=True)
         junction = NodeRun(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer)
         members = Members.left_out([len(outputs)], len(outputs), heads.numbers)
         parts, ids = torch.cat([parts, rest]), [*ids, *flow.others(junction, rest, [members])]

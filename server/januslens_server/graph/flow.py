@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,36 +25,46 @@ from januslens_server.results import (
     coordinates,
 )
 from januslens_server.specs import Criterion
+from januslens_server.transfer import HostCopy
 
 
 class Scalars:
-    """Columns of float32 numbers that are filled in pieces. Numbers that were not added are NaN."""
+    """Columns of float32 numbers that are filled in pieces. Numbers that were not added are NaN.
+
+    `send` ends the filling; all numbers then cross from the device in one copy.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[torch.Tensor] = []
         self._places: list[tuple[str, int]] = []
+        self._copy: HostCopy | None = None
 
     def add(self, column: str, first: int, values: torch.Tensor) -> None:
         """Set the rows `first` to `first + n` of a column to `values` `[n]`."""
         self._pieces.append(values)
         self._places.append((column, first))
 
-    def columns(self, lengths: dict[str, int]) -> dict[str, Floats]:
-        """Return the columns by name, with these lengths, in one transfer from the device.
+    def send(self) -> Scalars:
+        """Start the copy of all numbers to the host."""
+        if self._pieces:
+            self._copy = HostCopy(torch.cat(self._pieces))
+        return self
 
-        Raises `NotFinite` if a number is infinite.
+    def columns(self, lengths: dict[str, int]) -> dict[str, Floats]:
+        """Wait for the numbers, and return the columns by name with these lengths.
+
+        Raises `NotFinite` if a number other than a norm is infinite.
         """
         found = {name: np.full(n, np.nan, dtype=np.float32) for name, n in lengths.items()}
-        if self._pieces:
-            flat = torch.cat(self._pieces).cpu().numpy()
-            if np.isinf(flat).any():
-                raise NotFinite(
-                    "activations are too large: float32 overflows", "use another prompt"
-                )
+        if self._copy is not None:
+            (copied,) = self._copy.tensors()
+            flat = copied.numpy()
             start = 0
             for (name, first), piece in zip(self._places, self._pieces, strict=True):
                 found[name][first : first + len(piece)] = flat[start : start + len(piece)]
                 start += len(piece)
+        if any(np.isinf(column).any() for name, column in found.items() if name != "norm"):
+            raise NotFinite("activations are too large: float32 overflows", "use another prompt")
         return found
 
 
@@ -73,23 +85,32 @@ STATES = frozenset(
 )
 
 
+class Numbers(NamedTuple):
+    """The numbers of a flow: norms and activations `[n]` of its nodes (NaN = none), and its edges.
+
+    A node's norm may be infinite if its vector is large.
+    """
+
+    norms: Floats
+    activations: Floats
+    edges: Edges
+
+
 @dataclass(frozen=True)
 class Flow:
-    """Nodes with their vectors `[n, d_model]`, norms and activations `[n]` (NaN = none), and edges.
+    """Nodes with their vectors `[n, d_model]`, and a function that returns the flow's numbers.
 
-    `vectors` has no rows if the builder does not keep vectors. `projected` says for each node
-    whether it is projected. `gradients` `[m, d_model]` are those of the m nodes with the indices
-    `states`.
+    The numbers may still be on their way from the device: `numbers` waits for them. `vectors` has
+    no rows if the builder does not keep vectors. `projected` says for each node whether it is
+    projected. `gradients` `[m, d_model]` are those of the m nodes with the indices `states`.
     """
 
     nodes: Nodes
     vectors: torch.Tensor
-    norms: torch.Tensor
-    activations: Floats
     projected: Flags
-    edges: Edges
     states: list[int]
     gradients: torch.Tensor
+    numbers: Callable[[], Numbers]
 
 
 class FlowBuilder:
@@ -123,7 +144,6 @@ class FlowBuilder:
         self.keeps_vectors = keeps_vectors
         self._attributes = attributes
         self._vectors: list[torch.Tensor] = []
-        self._norms: list[torch.Tensor] = []
         self._projected: list[bool] = []
         self._states: list[int] = []
         self._gradients: list[torch.Tensor] = []
@@ -211,17 +231,17 @@ class FlowBuilder:
             self._gradients += [self.gradient] * len(states)
         if activations is not None:
             self._scalars.add("activation", len(self._ids), activations)
+        if norms is None:
+            if vectors is None:
+                raise ValueError("nodes have neither vectors nor norms; expected one of them")
+            norms = vectors.norm(dim=-1)
+        self._scalars.add("norm", len(self._ids), norms)
         self._runs += shown
         for run in shown:
             self._ids += run.ids
             self._projected += [projected] * len(run.ids)
         if vectors is not None and self.keeps_vectors:
             self._vectors.append(vectors)
-        if norms is None:
-            if vectors is None:
-                raise ValueError("nodes have neither vectors nor norms; expected one of them")
-            norms = vectors.norm(dim=-1)
-        self._norms.append(norms)
         return ids
 
     def others(
@@ -341,16 +361,24 @@ class FlowBuilder:
         ]
 
     def build(self) -> Flow:
-        """Return the collected nodes and edges, in one transfer of numbers from the device."""
-        edges = len(self._sources)
-        lengths = {"activation": len(self._ids)} | dict.fromkeys(_EDGE_COLUMNS, edges)
-        columns = self._scalars.columns(lengths)
+        """Return the collected nodes and edges; their numbers start to cross from the device."""
+        vectors, self._vectors = self._vectors, []  # `_numbers` keeps the builder
         return Flow(
             nodes=Nodes(self._ids, coordinates(self._runs)),
-            vectors=torch.cat(self._vectors) if self._vectors else torch.empty(0, 0),
-            norms=torch.cat(self._norms) if self._norms else torch.empty(0),
-            activations=columns["activation"],
+            vectors=torch.cat(vectors) if vectors else torch.empty(0, 0),
             projected=np.array(self._projected, np.bool_),
+            states=self._states,
+            gradients=torch.stack(self._gradients) if self._gradients else torch.empty(0, 0),
+            numbers=cache(partial(self._numbers, self._scalars.send())),
+        )
+
+    def _numbers(self, scalars: Scalars) -> Numbers:
+        edges = len(self._sources)
+        nodes = dict.fromkeys(("norm", "activation"), len(self._ids))
+        columns = scalars.columns(nodes | dict.fromkeys(_EDGE_COLUMNS, edges))
+        return Numbers(
+            norms=columns["norm"],
+            activations=columns["activation"],
             edges=Edges(
                 self._sources,
                 self._targets,
@@ -362,6 +390,4 @@ class FlowBuilder:
                 attributions=columns["attribution"],
                 overlaps=np.full(edges, np.nan),
             ),
-            states=self._states,
-            gradients=torch.stack(self._gradients) if self._gradients else torch.empty(0, 0),
         )

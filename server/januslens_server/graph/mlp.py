@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from januslens_server.capture import LayerActivations
@@ -19,6 +20,7 @@ from januslens_server.graph.weighted_rows import (
 from januslens_server.graph.weights import Finish, MlpRow, MlpWeights, WeightedRows
 from januslens_server.results import EdgeKind, NodeKind
 from januslens_server.specs import Selection, Unit
+from januslens_server.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -96,21 +98,20 @@ class ExpertMlp:
         experts = [self.expert(i) for i in ids]
         neurons = [expert.neurons(x) for expert in experts]
         if acts.neuron_change is not None:
-            at = torch.tensor([position], device=x.device)
+            at = to_device([position], x.device)
             neurons = [
                 acts.neuron_change(i, at, own[None])[0] for i, own in zip(ids, neurons, strict=True)
             ]
         activations = [weight * own for weight, own in zip(weights, neurons, strict=True)]
         down = torch.cat([expert.down for expert in experts])
-        device = down.device
-        widths = torch.tensor([len(expert.down) for expert in experts], device=device)
+        widths = [len(expert.down) for expert in experts]
         terms = WeightedRows(
             activations=torch.cat(activations),
             rows=down,
             norms=down.norm(dim=1),
             bias=_weighted_bias(experts, weights),
-            experts=torch.tensor(ids, device=device).repeat_interleave(widths),
-            neurons=torch.cat([torch.arange(n, device=device) for n in widths.tolist()]),
+            experts=np.repeat(ids, widths),
+            neurons=np.concatenate([np.arange(n) for n in widths]),
         )
         gate = torch.cat([expert.gate for expert in experts], dim=1)
         up = torch.cat([expert.up for expert in experts], dim=1)
@@ -145,9 +146,9 @@ def add_mlp(
     row = weights.row(acts, flow.position)
     replaced = "MLP_OUTPUT" in acts.replaced
     named = selection.neurons_of(flow.layer)
-    picked = None if named is None else _rows_of(named, row.terms)
+    numbers = None if named is None else _rows_of(named, row.terms)
     added = add_weighted_rows(
-        flow, row.terms, MLP_KINDS, selection, result, replaced=replaced, picked=picked
+        flow, row.terms, MLP_KINDS, selection, result, replaced=replaced, numbers=numbers
     )
     fired = row.terms.activations[added.neurons.picked]
     _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.ff1, fired, added.neurons)
@@ -156,15 +157,15 @@ def add_mlp(
     return added.total
 
 
-def _rows_of(named: list[Unit], terms: WeightedRows) -> torch.Tensor:
+def _rows_of(named: list[Unit], terms: WeightedRows) -> list[int]:
     """Return the indices of neurons; those of experts that were not routed have none."""
-    numbers = torch.tensor([unit.number for unit in named], dtype=torch.long)
-    numbers = numbers.to(terms.rows.device)
+    numbers = [unit.number for unit in named]
     if terms.experts is None or terms.neurons is None:
         return numbers
-    experts = torch.tensor([unit.expert or 0 for unit in named], dtype=torch.long)
-    same = terms.experts == experts.to(terms.rows.device)[:, None]
-    return (same & (terms.neurons == numbers[:, None])).nonzero()[:, 1]
+    experts = np.array([unit.expert or 0 for unit in named], np.int64)
+    same = (terms.experts == experts[:, None]) & (terms.neurons == np.array(numbers)[:, None])
+    rows: list[int] = np.nonzero(same)[1].tolist()
+    return rows
 
 
 def _add_keys(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from januslens_server.graph.flow import FlowBuilder
 from januslens_server.graph.weights import WeightedRows
 from januslens_server.results import Members, NodeKind, NodeRun
 from januslens_server.specs import Selection
+from januslens_server.transfer import to_device
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -22,16 +24,28 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return order[..., :count] if count else order
 
 
-def extremes(scores: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+class Picked(NamedTuple):
+    """Indices of selected terms `[k]`, on the host and on the device."""
+
+    numbers: list[int]
+    rows: torch.Tensor
+
+
+def extremes(scores: torch.Tensor, top: int, bottom: int) -> Picked:
     """Return indices of the `top` largest `scores` `[n]`, then of the `bottom` smallest others.
 
-    `top` 0 means all; `bottom` 0 means none.
+    `top` 0 means all; `bottom` 0 means none. The host waits for the indices once.
     """
     highest = largest(scores, top)
     if not bottom or len(highest) == len(scores):
         return highest
     lowest = scores.sort(stable=True).indices[:bottom]
-    return torch.cat([highest, lowest[~torch.isin(lowest, highest)]])
+    index = torch.cat([highest, lowest])
+    numbers = index.tolist()
+    different = list(dict.fromkeys(numbers))
+    if len(different) < len(numbers):
+        return Picked(different, to_device(different, index.device))
+    return Picked(numbers, index)
 
 
 def left_out(size: int, picked: torch.Tensor) -> torch.Tensor:
@@ -81,28 +95,30 @@ def add_weighted_rows(
     result: Result,
     *,
     replaced: bool = False,
-    picked: torch.Tensor | None = None,
+    numbers: list[int] | None = None,
 ) -> Added:
     """Add a sum `activations @ rows + bias` and its terms.
 
     Rows are selected by `activation * norm(row)` (VISIT, appendix A.5), or by their effect, unless
-    `picked` `[k]` has their indices.
+    `numbers` has their indices.
     `replaced` means that an intervention changed the sum; OTHER is then the sum without the other
     nodes.
     """
-    if picked is None:
+    if numbers is None:
         effect = flow.effect(selection.by)
         scores = terms.activations * (terms.norms if effect is None else terms.rows @ effect)
-        picked = extremes(scores, selection.top_neurons, selection.bottom_neurons)
-    numbers = (picked if terms.neurons is None else terms.neurons[picked]).tolist()
-    experts = None if terms.experts is None else terms.experts[picked].tolist()
+        numbers, picked = extremes(scores, selection.top_neurons, selection.bottom_neurons)
+    else:
+        picked = to_device(numbers, terms.rows.device)
+    units = numbers if terms.neurons is None else terms.neurons[numbers].tolist()
+    experts = None if terms.experts is None else terms.experts[numbers].tolist()
     ids = flow.nodes(
-        [neuron_nodes(flow, kinds.neuron, numbers, experts)],
+        [neuron_nodes(flow, kinds.neuron, units, experts)],
         terms.rows[picked] if flow.keeps_vectors else None,
         activations=terms.activations[picked],
         norms=terms.norms[picked],
     )
-    neurons = Neurons(ids, picked, numbers, experts)
+    neurons = Neurons(ids, picked, units, experts)
     total = flow.node(result.kind, result.vector)
     flow.weighted_parts(neurons.ids, total, terms, picked, result.vector)
     ids, parts = list[str](), list[torch.Tensor]()
@@ -115,7 +131,7 @@ def add_weighted_rows(
             kept = left_out(len(terms.activations), picked)
             rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
         totals = NodeRun(result.kind, flow.position, flow.layer)
-        ids += flow.others(totals, rest, [_left_out(terms, picked)])
+        ids += flow.others(totals, rest, [_left_out(terms, numbers)])
         parts.append(rest)
     if terms.bias is not None:
         ids.append(flow.node(kinds.bias, terms.bias))
@@ -125,16 +141,15 @@ def add_weighted_rows(
     return Added(total, neurons)
 
 
-def _left_out(terms: WeightedRows, picked: torch.Tensor) -> Members:
+def _left_out(terms: WeightedRows, numbers: list[int]) -> Members:
     """Return the rows that are not picked; those of a mixture depend on the routed experts."""
-    size, population, listed = len(terms.rows), [len(terms.rows)], picked.tolist()
-    if terms.experts is not None and terms.neurons is not None:
-        routed = terms.experts.unique().tolist()
-        width = size // max(1, len(routed))
-        experts, neurons = terms.experts[picked].tolist(), terms.neurons[picked].tolist()
-        population += routed
-        listed = [expert * width + neuron for expert, neuron in zip(experts, neurons, strict=True)]
-    return Members.left_out(population, size, listed)
+    size, population = len(terms.rows), [len(terms.rows)]
+    if terms.experts is None or terms.neurons is None:
+        return Members.left_out(population, size, numbers)
+    routed = np.unique(terms.experts).tolist()
+    width = size // max(1, len(routed))
+    listed = terms.experts[numbers] * width + terms.neurons[numbers]
+    return Members.left_out(population + routed, size, listed.tolist())
 
 
 def neuron_nodes(

@@ -15,6 +15,8 @@ import torch
 
 from januslens_server.capture import HiddenSources, LayerActivations, Rotation
 from januslens_server.lens.head import Norm
+from januslens_server.results import Ints
+from januslens_server.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _scores(
     """Return the scaled products of queries and keys `[n_heads, pos, sources]`."""
     queries, keys = query.float().transpose(0, 1), key.float().transpose(0, 1)
     if rotation is not None:
-        queries = rotation.turn(queries, torch.tensor(positions, device=query.device))
+        queries = rotation.turn(queries, to_device(positions, query.device))
         keys = rotation.turn(keys, slice(keys.shape[1]))
     queries = queries if scoring.query_norm is None else scoring.query_norm(queries)
     keys = keys if scoring.key_norm is None else scoring.key_norm(keys)
@@ -183,7 +185,7 @@ def _probabilities(
 ) -> torch.Tensor:
     """Return the probabilities `[pos, n_heads, sources]` of capped scores."""
     n_sources = scores.shape[2]
-    at = torch.tensor(positions, device=scores.device)
+    at = to_device(positions, scores.device)
     if scoring.alibi is not None:
         scores = scores + scoring.alibi(n_sources).to(scores)[:, None]
     sources = torch.arange(n_sources, device=scores.device)
@@ -279,15 +281,16 @@ class WeightedRows:
     """The terms of a sum `activations @ rows + bias`.
 
     `activations` are `[n]`, `rows` `[n, d_model]`, and `norms` `[n]` are the norms of the rows. In
-    a mixture, `experts` `[n]` and `neurons` `[n]` are the expert and the neuron of each row.
+    a mixture, `experts` `[n]` and `neurons` `[n]` are the expert and the neuron of each row, on the
+    host.
     """
 
     activations: torch.Tensor
     rows: torch.Tensor
     norms: torch.Tensor
     bias: torch.Tensor | None
-    experts: torch.Tensor | None = None
-    neurons: torch.Tensor | None = None
+    experts: Ints | None = None
+    neurons: Ints | None = None
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def largest_first(inputs: torch.Tensor, vjps: torch.Tensor, count: int) -> torch
     return order[:count] if count else order
 
 
-def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> float:
-    """Return ||sum_i x_i^T delta_i||_F in float64.
+def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> torch.Tensor:
+    """Return ||sum_i x_i^T delta_i||_F in float64, a tensor `[]`.
 
     It is computed from the two Gram matrices. If there are so many components that the dense sum is
     smaller, the sum is used.
@@ -98,9 +98,10 @@ def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> float:
     x, delta = inputs.double(), vjps.double()
     (count, d_in), d_out = x.shape, delta.shape[1]
     if count * (d_in + d_out) > d_in * d_out:
-        return float((x.T @ delta).norm())
+        norm: torch.Tensor = (x.T @ delta).norm()
+        return norm
     squared = ((x @ x.T) * (delta @ delta.T)).sum()
-    return float(squared.clamp_min(0).sqrt())
+    return squared.clamp_min(0).sqrt()
 
 
 def largest_entries(vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +152,7 @@ def spectrum(inputs: torch.Tensor, vjps: torch.Tensor, rank: int) -> SingularTri
     signs = torch.where(input_side @ inputs.double().sum(0) < 0, -1.0, 1.0)[:, None]
     return SingularTriples(
         values=values[:count],
-        explained=values[:count].square() / total if total > 0 else torch.zeros(count),
+        explained=torch.where(total > 0, values[:count].square() / total, 0.0),
         inputs=input_side * signs,
         vjps=vjp_side * signs,
     )

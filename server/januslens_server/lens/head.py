@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from januslens_server.lens.cpu import TokenBlock, Unembedding, on_free_cores
+from januslens_server.lens.cpu import on_free_cores
+from januslens_server.lens.unembedding import TokenBlock, Unembedding
 from januslens_server.specs import LensKind
 
 

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from januslens_server.errors import CancelCheck, NotFinite, never_cancelled
-from januslens_server.lens.cpu import ThreadBuffers, highest, lowest, on_free_cores
+from januslens_server.lens.cpu import ThreadBuffers, on_free_cores
+from januslens_server.lens.extremes import highest, lowest
 from januslens_server.lens.head import LensHead
-from januslens_server.results import Floats, ProjectionTable
+from januslens_server.results import ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
+from januslens_server.transfer import HostCopy, to_host
 
 # Maximum bytes of logits that one CPU core reads at once. More do not fit into its cache; with much
 # fewer, Python takes longer than the computation.
@@ -53,7 +56,7 @@ class Readings:
 class Outcomes:
     """What n vectors predict, and the rank and log-probability `[n]` of one token in it.
 
-    `top_ids` is `[n, top_k]`.
+    `top_ids` is `[n, top_k]`. `outcomes` returns them on the CPU.
     """
 
     top_ids: torch.Tensor
@@ -76,10 +79,22 @@ def project(
     `head.chunk_bytes` of logits are in memory at once; `check_cancelled` is called before each such
     chunk.
     """
+    return start_projection(head, vectors, spec, targets, check_cancelled).table()
+
+
+@torch.inference_mode()
+def start_projection(
+    head: LensHead,
+    vectors: torch.Tensor,
+    spec: LensSpec,
+    targets: torch.Tensor | None = None,
+    check_cancelled: CancelCheck = never_cancelled,
+) -> PendingTable:
+    """Start to project as `project` does; a GPU computes on while the caller does other work."""
     if targets is None:
         targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
     chunks = list(read_vectors(head, vectors, spec, targets, check_cancelled))
-    return projection_table(head, (vectors != 0).any(-1), chunks, targets)
+    return PendingTable(head, (vectors != 0).any(-1), chunks, targets)
 
 
 @torch.inference_mode()
@@ -104,14 +119,14 @@ def outcomes(
             return _outcomes(head, logits[part], token_id, top_k)
 
         found += _in_parts(logits, read)
-    log_probabilities = torch.cat([part.log_probabilities for part in found])
-    if bool((log_probabilities.isnan()).any()):
-        raise NotFinite("the logits of a projected vector overflow float32")
-    return Outcomes(
+    top_ids, ranks, log_probabilities = to_host(
         torch.cat([part.top_ids for part in found]),
         torch.cat([part.ranks for part in found]),
-        log_probabilities,
+        torch.cat([part.log_probabilities for part in found]),
     )
+    if bool(log_probabilities.isnan().any()):
+        raise NotFinite("the logits of a projected vector overflow float32")
+    return Outcomes(top_ids, ranks, log_probabilities)
 
 
 def _outcomes(head: LensHead, logits: torch.Tensor, token_id: int, top_k: int) -> Outcomes:
@@ -237,38 +252,47 @@ def _below(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)
 
 
-def projection_table(
-    head: LensHead, projected: torch.Tensor, chunks: list[Readings], targets: torch.Tensor
-) -> ProjectionTable:
-    """Join chunks into one table; `projected` `[n]` and `targets` `[n, m]` are those of all rows.
+class PendingTable:
+    """A projection whose figures are computed on the device and on their way to the host."""
 
-    Raises `NotFinite` if the logits of a projected row overflow float32.
-    """
+    def __init__(
+        self,
+        head: LensHead,
+        projected: torch.Tensor,
+        chunks: list[Readings],
+        targets: torch.Tensor,
+    ) -> None:
+        """Join chunks into one table; `projected` `[n]` and `targets` `[n, m]` are of all rows."""
 
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(chunk, name) for chunk in chunks])
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([getattr(chunk, name) for chunk in chunks])
 
-    for name in ("top_logits", "bottom_logits", "entropy_bits"):
-        if not bool(joined(name)[projected.to(joined(name).device)].isfinite().all()):
-            raise NotFinite("the logits of a projected vector overflow float32")
+        log_z = joined("log_normalizer")
+        columns = {
+            "projected": projected,
+            "top_ids": joined("top_ids"),
+            "bottom_ids": joined("bottom_ids"),
+            "entropy_bits": joined("entropy_bits"),
+            "log_normalizers": log_z,
+            "target_ids": targets,
+            "target_ranks": joined("target_ranks"),
+        }
+        for end in ("top", "bottom", "target"):
+            logits = head.cap(joined(f"{end}_logits"))
+            columns[f"{end}_logits"] = logits
+            columns[f"{end}_probabilities"] = (logits - log_z[:, None]).exp()
+        self._names = list(columns)
+        self._copy = HostCopy(*columns.values())
 
-    def probabilities(logits: torch.Tensor) -> Floats:
-        return (logits - log_z).exp().cpu().numpy()
+    def table(self) -> ProjectionTable:
+        """Wait for the figures and return them.
 
-    log_z = joined("log_normalizer")[:, None]
-    top, bottom, target = (head.cap(joined(f"{end}_logits")) for end in ("top", "bottom", "target"))
-    return ProjectionTable(
-        projected=projected.cpu().numpy(),
-        top_ids=joined("top_ids").cpu().numpy(),
-        top_logits=top.cpu().numpy(),
-        top_probabilities=probabilities(top),
-        bottom_ids=joined("bottom_ids").cpu().numpy(),
-        bottom_logits=bottom.cpu().numpy(),
-        bottom_probabilities=probabilities(bottom),
-        entropy_bits=joined("entropy_bits").cpu().numpy(),
-        log_normalizers=log_z[:, 0].cpu().numpy(),
-        target_ids=targets.cpu().numpy(),
-        target_ranks=joined("target_ranks").cpu().numpy(),
-        target_logits=target.cpu().numpy(),
-        target_probabilities=probabilities(target),
-    )
+        Raises `NotFinite` if the logits of a projected row overflow float32.
+        """
+        columns = dict(
+            zip(self._names, (column.numpy() for column in self._copy.tensors()), strict=True)
+        )
+        for name in ("top_logits", "bottom_logits", "entropy_bits"):
+            if not np.isfinite(columns[name][columns["projected"]]).all():
+                raise NotFinite("the logits of a projected vector overflow float32")
+        return ProjectionTable(**columns)

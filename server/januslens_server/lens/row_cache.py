@@ -28,15 +28,15 @@ import torch
 from januslens_server.errors import CancelCheck, never_cancelled
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import (
+    PendingTable,
     Readings,
     compute_logits,
-    project,
-    projection_table,
     read_logits,
     read_vectors,
     rows_at_once,
+    start_projection,
 )
-from januslens_server.results import Ints, ProjectionTable
+from januslens_server.results import Ints
 from januslens_server.specs import LensKind, LensSpec
 
 # Rows are computed in multiples of this number, and their figures for this many rows at once.
@@ -90,15 +90,15 @@ class RowCache:
         """Bytes by which the cache may still grow; a page takes memory when it is first written."""
         return (len(self._logits) - self._filled) * self._logits.shape[1] * self._logits.itemsize
 
-    def project(
+    def start_projection(
         self,
         vectors: torch.Tensor,
         keys: Sequence[Hashable],
         spec: LensSpec,
         targets: torch.Tensor,
         check_cancelled: CancelCheck = never_cancelled,
-    ) -> ProjectionTable:
-        """Project vectors as `lens.projection.project` does, with cached logits where possible.
+    ) -> PendingTable:
+        """Start to project as `lens.projection.start_projection` does, with cached logits if any.
 
         `keys` has a key for each vector that is a weight row, and None for other vectors. Vectors
         with equal keys must be equal.
@@ -107,7 +107,7 @@ class RowCache:
         fits = max(spec.top_k, spec.bottom_k) <= ENDS.top_k and spec.kind is LensKind.FINAL_NORM
         if not (self.usable and fits and wanted.any()):
             self.computed += len(vectors)
-            return project(self._head, vectors, spec, targets, check_cancelled)
+            return start_projection(self._head, vectors, spec, targets, check_cancelled)
         where = torch.from_numpy(np.flatnonzero(wanted))
         others = torch.from_numpy(np.flatnonzero(~wanted))
         named = _Wanted([key for key in keys if key is not None], vectors[where], targets[where])
@@ -123,7 +123,7 @@ class RowCache:
         spec: LensSpec,
         targets: torch.Tensor,
         check_cancelled: CancelCheck,
-    ) -> ProjectionTable:
+    ) -> PendingTable:
         self.computed += len(others)
         parts = [
             *read_vectors(self._head, vectors[others], spec, targets[others], check_cancelled),
@@ -135,7 +135,7 @@ class RowCache:
             for field in fields(Readings)
         }
         projected = (vectors != 0).any(-1)
-        return projection_table(self._head, projected, [Readings(**joined)], targets)
+        return PendingTable(self._head, projected, [Readings(**joined)], targets)
 
     def _read(self, named: _Wanted, spec: LensSpec, check_cancelled: CancelCheck) -> list[Readings]:
         """Return the readings of weight rows in order; compute the rows that are not cached."""

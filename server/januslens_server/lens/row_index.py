@@ -15,6 +15,7 @@ import torch
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import Readings, read_vectors, rows_at_once
 from januslens_server.specs import LensSpec
+from januslens_server.transfer import to_host
 
 
 class Listed(NamedTuple):
@@ -115,18 +116,19 @@ def _read(head: LensHead, vectors: torch.Tensor, spec: LensSpec) -> RowIndex:
 
 def _kept(projected: torch.Tensor, parts: list[Readings]) -> RowIndex:
     def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(part, name) for part in parts]).cpu()
+        return torch.cat([getattr(part, name) for part in parts])
 
-    return RowIndex(
-        projected=projected.cpu(),
-        top_ids=joined("top_ids").int(),
-        top_logits=joined("top_logits"),
-        bottom_ids=joined("bottom_ids").int(),
-        bottom_logits=joined("bottom_logits"),
-        bottom_ranks=joined("target_ranks")[:, 0].int(),
-        log_normalizer=joined("log_normalizer"),
-        entropy_bits=joined("entropy_bits"),
-    )
+    columns = {
+        "projected": projected,
+        "top_ids": joined("top_ids").int(),
+        "top_logits": joined("top_logits"),
+        "bottom_ids": joined("bottom_ids").int(),
+        "bottom_logits": joined("bottom_logits"),
+        "bottom_ranks": joined("target_ranks")[:, 0].int(),
+        "log_normalizer": joined("log_normalizer"),
+        "entropy_bits": joined("entropy_bits"),
+    }
+    return RowIndex(**dict(zip(columns, to_host(*columns.values()), strict=True)))
 
 
 def _joined(chunks: list[RowIndex]) -> RowIndex:

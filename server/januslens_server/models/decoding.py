@@ -18,6 +18,7 @@ from januslens_server.models.interventions import Interventions
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import changed, head_at
 from januslens_server.specs import Sampling
+from januslens_server.transfer import to_device
 
 
 class Decoder:
@@ -79,7 +80,7 @@ class Decoder:
             interruptible(self._check, len(fed)),
         ):
             passed: Any = model.network(
-                input_ids=torch.tensor([fed], device=model.device),
+                input_ids=to_device([fed], model.device),
                 use_cache=self._argument is not None,
                 **named,
             )

@@ -19,6 +19,7 @@ from januslens_server.graph.mlp import DenseMlp
 from januslens_server.graph.weights import AttentionWeights, BlockWeights
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Block, CoarseBlock, Mlp
+from januslens_server.transfer import DeviceIndex
 
 
 def block_weights(block: Block) -> BlockWeights:
@@ -128,7 +129,7 @@ def sum_gradients(
     return named
 
 
-def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+def kept_rows(name: str, captured: torch.Tensor, positions: DeviceIndex) -> torch.Tensor:
     """Select the rows of a captured tensor `[pos, features]` that these positions need.
 
     Attention at a position reads the keys and values of all earlier positions. Of every other
@@ -136,9 +137,9 @@ def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> to
     """
     captured = rows(captured)
     if name not in ("key", "rotated_key", "value", "mapped_key"):
-        whole = len(positions) == len(captured)
-        return captured if whole else captured[torch.tensor(positions, device=captured.device)]
-    part = captured[: positions[-1] + 1]
+        whole = len(positions.numbers) == len(captured)
+        return captured if whole else captured[positions.on(captured.device)]
+    part = captured[: positions.numbers[-1] + 1]
     owns_memory = part.untyped_storage().nbytes() == part.numel() * part.element_size()
     return part if owns_memory else part.clone()
 

@@ -44,6 +44,7 @@ from januslens_server.models.sites import SiteKey, site_experts, site_tap
 from januslens_server.models.views import Block, CoarseBlock
 from januslens_server.results import MatrixKind
 from januslens_server.specs import Site
+from januslens_server.transfer import DeviceIndex, to_device
 
 # float16 gradients below 6e-8 become 0. Scaling the loss by a power of two, which divides out
 # exactly, preserves them. The largest VJPs measured are a factor of 18 below float16's maximum
@@ -162,13 +163,15 @@ def read_sites(
         (key, i): tap for key, found in mixtures.items() for i, tap in enumerate(found.neuron_taps)
     }
 
+    at = {key: DeviceIndex(positions) for key, positions in rows_of.items()}
+
     def keep_rows(key: tuple[SiteKey, int], tapped: torch.Tensor) -> torch.Tensor:
-        return rows(tapped)[torch.tensor(rows_of[key[0]], device=tapped.device)]
+        return rows(tapped)[at[key[0]].on(tapped.device)]
 
     def keep(key: SiteKey, tapped: torch.Tensor) -> torch.Tensor:
         values = sites[key].values(tapped)
-        at = torch.tensor(rows_of[key], device=values.device)
-        return values.index_select(0, at)  # a copy, because models change some tensors in place
+        # A copy, because models change some tensors in place.
+        return values.index_select(0, at[key].on(values.device))
 
     modules = [block.module for block in model.view.blocks]
     last = Tap(model.view.blocks[-1].module, End.OUTPUT)
@@ -188,7 +191,7 @@ def read_sites(
             x,
             chosen,
             range(found.count) if experts is None else experts,
-            torch.tensor(rows_of[key], device=x.device),
+            at[key].on(x.device),
             interventions.neuron_change(key[0]) if interventions else None,
         )
     return values, logits
@@ -238,7 +241,7 @@ def copies(
     """
     blocks = [block.module for block in model.view.blocks]
     telemetry.TOKENS.labels(model.name).inc(count * len(ids))
-    batch = torch.tensor([ids], device=model.device).expand(count, -1)
+    batch = _batch(model, ids).expand(count, -1)
     last = Tap(blocks[-1], End.OUTPUT)
     with (
         _skipped(blocks[:lowest], outputs[lowest - 1], count),
@@ -346,10 +349,10 @@ def differentiated(
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
         found = _gradients(value * scale, list(sums.values()))
     check_gradients([value.detach(), *found])
-    at = torch.tensor(positions)
+    at = DeviceIndex(positions)
     gradients: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
     for (layer, name), gradient in zip(sums, found, strict=True):
-        gradients[layer][name] = rows(gradient)[at.to(gradient.device)].float() / scale
+        gradients[layer][name] = rows(gradient)[at.on(gradient.device)].float() / scale
     return replace(
         passed,
         logits=passed.logits.detach(),
@@ -374,6 +377,7 @@ def _captured_pass(
     everywhere = range(len(ids))
     positions = everywhere if positions is None else positions
     scored = everywhere if scored is None else scored
+    index = DeviceIndex(positions)
     captured: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
     taps = {(i, name): tap for i in captured for name, tap in layer_taps(blocks[i]).items()}
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
@@ -391,7 +395,7 @@ def _captured_pass(
         tensor = tensor.detach()
         if key in mapped:
             tensor = mapped[key].values(tensor).flatten(1)
-        return tensor if layer < 0 else kept_rows(name, tensor, positions)
+        return tensor if layer < 0 else kept_rows(name, tensor, index)
 
     modules = [block.module for block in blocks]
     with capturing(taps, check_cancelled, modules, keep) as tensors:
@@ -672,7 +676,7 @@ def head_at(model: ResidentModel, positions: Sequence[int], length: int) -> Iter
         return
 
     def pick(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        index = torch.tensor(positions, device=args[0].device)
+        index = to_device(positions, args[0].device)
         return (args[0].index_select(-2, index), *args[1:])
 
     handle = model.network.get_output_embeddings().register_forward_pre_hook(pick)
@@ -693,4 +697,4 @@ def _run(
 
 
 def _batch(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([ids], device=model.device)
+    return to_device([ids], model.device)

@@ -21,6 +21,7 @@ from januslens_server.results import (
     SiteValues,
 )
 from januslens_server.specs import Site
+from januslens_server.transfer import to_host
 
 # Bytes of the values that one step returns, after which other requests may run.
 STEP_BYTES = 4 * 2**20
@@ -112,7 +113,7 @@ def _piece(
         shape=(len(request.positions), *found.shape[1:]),
         offset=rows.start * found[0].numel(),
         data_type=str(found.dtype).removeprefix("torch."),
-        data=found.contiguous().cpu().view(torch.uint8).flatten().numpy(),
+        data=to_host(found.contiguous())[0].view(torch.uint8).flatten().numpy(),
     )
 
 

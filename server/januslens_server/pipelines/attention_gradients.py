@@ -17,6 +17,7 @@ from januslens_server.models.runner import AttentionVjp
 from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.results import AttentionGradient
+from januslens_server.transfer import to_host
 
 # Bytes of one of the three tensors that a step returns, after which other requests may run.
 STEP_BYTES = 2**20
@@ -73,5 +74,5 @@ def _piece(
         layer,
         (tokens, n_heads, tokens),
         positions.start * n_heads * tokens,
-        *(tensor.flatten().cpu().numpy() for tensor in tensors),
+        *(tensor.numpy() for tensor in to_host(*(own.flatten() for own in tensors))),
     )

@@ -13,6 +13,7 @@ from januslens_server.lens.projection import rows_at_once
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
 from januslens_server.results import Guarantee, NodeKind, PositionTarget
+from januslens_server.transfer import to_device
 
 LENS = "last lens = logits"
 SHARES = "parts sum to wholes"
@@ -50,7 +51,7 @@ class TraceChecks:
         """Add up the shares and contributions of flows."""
         for flow in flows:
             position = flow.nodes[0].position
-            for edge in flow.edges:
+            for edge in flow.numbers().edges:
                 if edge.share is not None:
                     self._shares[edge.target] += edge.share
                 if edge.logit_contribution is not None and _adds_to_residual(edge.source):
@@ -97,7 +98,7 @@ class TraceChecks:
         """Largest difference between all contributions and the target's logit, relative to it."""
         residual = self._passed.residual[[target.position for target in self._targets]]
         ids = [target.target_token_id for target in self._targets]
-        tokens = torch.tensor(ids, device=residual.device)
+        tokens = to_device(ids, residual.device)
         logits = self._lens.target_logits(residual, tokens)
         if self._other is not None:
             others = torch.full_like(tokens, self._other)

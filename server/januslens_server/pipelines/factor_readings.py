@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from januslens_server.results import (
     Entries,
     Floats,
     GradientMatrix,
+    Ints,
     LoraGradient,
     MatrixKind,
     NeuronChanges,
@@ -36,6 +38,7 @@ from januslens_server.results import (
     Spectrum,
 )
 from januslens_server.specs import LensSpec
+from januslens_server.transfer import to_device, to_host
 
 # Number of reported entries of a factor that is not in the residual basis.
 ENTRIES = 10
@@ -118,7 +121,15 @@ class FactorReader:
         outside = inputs if side is Side.VJP else vjps
         if expert is None:  # experts do not have all positions
             self._add_segment_rows(key, residual, vjps)
-        norm = frobenius_norm(inputs, vjps)
+        chosen = inputs[order], vjps[order]
+        size, *numbers = _on_host(
+            frobenius_norm(inputs, vjps),
+            factors.positions[order],
+            *(lengths(vectors).float() for vectors in chosen),
+            *largest_entries(outside[order], ENTRIES),
+            *(chosen if self._spec.include_factors else ()),
+        )
+        norm = float(size)
         check_numbers("gradients of this loss", np.array([norm], np.float32))
         return GradientMatrix(
             layer=layer,
@@ -129,7 +140,7 @@ class FactorReader:
             d_out=vjps.shape[1],
             projected_side=side,
             promoted_end=End.BOTTOM if side is Side.VJP else End.UNSPECIFIED,
-            components=self._components(inputs, vjps, outside, factors.positions, order, table),
+            components=_components(table, *numbers),
             component_count=len(inputs),
             frobenius_norm=norm,
             spectrum=self._spectrum(inputs, vjps, side),
@@ -144,36 +155,18 @@ class FactorReader:
         if found is None or not isinstance(matrix, Linear) or matrix.lora is None:
             return None
         a, b = found
-        sent = self._spec.include_factors
+        a_norm, b_norm, *sent = _on_host(
+            frobenius_norm(a.inputs, a.vjps),
+            frobenius_norm(b.inputs, b.vjps),
+            *((a.vjps[order], b.inputs[order]) if self._spec.include_factors else ()),
+        )
         return LoraGradient(
             rank=matrix.lora.rank,
             scale=matrix.lora.scale,
-            a_norm=frobenius_norm(a.inputs, a.vjps),
-            b_norm=frobenius_norm(b.inputs, b.vjps),
-            a_vjps=a.vjps[order].cpu().numpy() if sent else None,
-            b_inputs=b.inputs[order].cpu().numpy() if sent else None,
-        )
-
-    def _components(
-        self,
-        inputs: torch.Tensor,
-        vjps: torch.Tensor,
-        outside: torch.Tensor,
-        positions: torch.Tensor,
-        order: torch.Tensor,
-        table: ProjectionTable,
-    ) -> Components:
-        factors = self._spec.include_factors
-        return Components(
-            positions=positions[order].cpu().numpy(),
-            input_norms=_float32(lengths(inputs[order])),
-            vjp_norms=_float32(lengths(vjps[order])),
-            projections=table,
-            predicted_ranks=table.target_ranks[:, -1],
-            target_ranks=table.target_ranks[:, :-1],
-            other_side=_entries(outside[order]),
-            inputs=inputs[order].cpu().numpy() if factors else None,
-            vjps=vjps[order].cpu().numpy() if factors else None,
+            a_norm=float(a_norm),
+            b_norm=float(b_norm),
+            a_vjps=sent[0] if sent else None,
+            b_inputs=sent[1] if sent else None,
         )
 
     def _spectrum(
@@ -186,11 +179,14 @@ class FactorReader:
         residual, outside = both if side is Side.VJP else both[::-1]
         if side is None:
             residual = self._nothing(len(found.values))
+        values, explained, *entries = _on_host(
+            found.values.float(), found.explained.float(), *largest_entries(outside, ENTRIES)
+        )
         return Spectrum(
-            values=found.values.float().cpu().numpy(),
-            explained=found.explained.float().cpu().numpy(),
+            values=values,
+            explained=explained,
             projections=self._project(residual, self._ranked),
-            other_side=_entries(outside),
+            other_side=Entries(*entries),
         )
 
     def _neurons(
@@ -203,14 +199,17 @@ class FactorReader:
         norms = change_norms(outside, residual)
         order = norms.sort(descending=True, stable=True).indices[: self._spec.neurons]
         changes = descent_changes(outside, residual, order, 1.0 if rate is None else rate)
-        if not bool(changes.norm(dim=-1).isfinite().all()):
+        largest, sizes, overflowing = _on_host(
+            order, lengths(changes).float(), changes.norm(dim=-1)
+        )
+        if not np.isfinite(overflowing).all():
             raise InvalidRequest(
                 "learning_rate", "learning rate too large: the neurons' changes overflow float32"
             )
         before = self._neuron_rows(key, order)
         return NeuronChanges(
-            neurons=order.cpu().numpy(),
-            change_norms=_float32(lengths(changes)),
+            neurons=largest,
+            change_norms=sizes,
             before=self._project(before, self._ranked),
             change=self._project(changes, self._ranked),
             after=None if rate is None else self._project(before + changes, self._ranked),
@@ -230,7 +229,7 @@ class FactorReader:
             return
         lens = LensSpec(top_k=0, bottom_k=0, kind=self._spec.lens.kind)
         table = self._project(residual, self._ranked, lens)
-        norms = _float32(lengths(vjps))
+        (norms,) = _on_host(lengths(vjps).float())
         for segment, positions in self._segments.items():
             ranks = table.target_ranks[positions, 0][table.projected[positions]]
             self.segment_rows.append(
@@ -266,15 +265,34 @@ class FactorReader:
     def _project(
         self, vectors: torch.Tensor, ranked: Sequence[int], lens: LensSpec | None = None
     ) -> ProjectionTable:
-        targets = torch.tensor(ranked, device=vectors.device).expand(len(vectors), -1)
+        targets = to_device(ranked, vectors.device).expand(len(vectors), -1)
         lens = lens or self._spec.lens
         return read(self._model.view.lens, vectors, lens, targets, self._check_cancelled)
 
 
-def _float32(values: torch.Tensor) -> Floats:
-    return values.float().cpu().numpy()
+def _components(
+    table: ProjectionTable,
+    positions: Ints,
+    input_norms: Floats,
+    vjp_norms: Floats,
+    indices: Ints,
+    values: Floats,
+    inputs: Floats | None = None,
+    vjps: Floats | None = None,
+) -> Components:
+    return Components(
+        positions=positions,
+        input_norms=input_norms,
+        vjp_norms=vjp_norms,
+        projections=table,
+        predicted_ranks=table.target_ranks[:, -1],
+        target_ranks=table.target_ranks[:, :-1],
+        other_side=Entries(indices, values),
+        inputs=inputs,
+        vjps=vjps,
+    )
 
 
-def _entries(vectors: torch.Tensor) -> Entries:
-    indices, values = largest_entries(vectors, ENTRIES)
-    return Entries(indices.cpu().numpy(), values.cpu().numpy())
+def _on_host(*tensors: torch.Tensor) -> list[Any]:
+    """Return tensors as arrays, in one copy from a GPU."""
+    return [tensor.numpy() for tensor in to_host(*tensors)]

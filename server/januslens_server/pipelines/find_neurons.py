@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from januslens_server.errors import CancelCheck, InvalidRequest
-from januslens_server.lens.projection import Readings, projection_table
+from januslens_server.lens.projection import PendingTable, Readings
 from januslens_server.models.experts import Experts
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.resolve import ResolvedFindNeurons
@@ -54,12 +54,12 @@ def find_neurons(
         experts=hits.places[page, 1],
         neurons=hits.places[page, 2],
         ranks=hits.ranks[page],
-        projections=projection_table(
+        projections=PendingTable(
             model.view.lens,
             torch.ones(len(page), dtype=torch.bool),
             [shown],
             torch.full((len(page), 1), token),
-        ),
+        ).table(),
         depth=model.neurons.depth,
         total=len(hits.ranks),
         provenance=model.provenance,

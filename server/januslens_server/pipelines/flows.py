@@ -23,6 +23,7 @@ from januslens_server.models.views import CoarseBlock
 from januslens_server.pipelines.metrics import StageClock, read
 from januslens_server.results import ModelFacts, PositionTarget
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
+from januslens_server.transfer import to_device, to_host
 
 
 @torch.inference_mode()
@@ -39,11 +40,11 @@ def position_targets(
     `targets` has one for each position; None means the model's own next token. `other` is the
     second token of a logit difference.
     """
-    lens, rows = model.view.lens, residual[list(positions)]
+    lens, rows = model.view.lens, residual[to_device(positions, residual.device)]
     own = np.array([target is None for target in targets])
     asked = None
     if not own.all():  # the rows of predictions are replaced below
-        asked = torch.tensor([[target or 0] for target in targets], device=rows.device)
+        asked = to_device([[target or 0] for target in targets], rows.device)
     table = read(lens, rows, LensSpec(top_k=1, bottom_k=0), asked, check_cancelled)
     predicted, logits, probabilities = (
         found[:, 0] for found in (table.top_ids, table.top_logits, table.top_probabilities)
@@ -54,12 +55,14 @@ def position_targets(
         ranks = np.where(own, ranks, table.target_ranks[:, 0])
         logits = np.where(own, logits, table.target_logits[:, 0])
         probabilities = np.where(own, probabilities, table.target_probabilities[:, 0])
-    constants = lens.attribution_constant(torch.tensor(ids, device=rows.device))
+    constants = lens.attribution_constant(to_device(ids.tolist(), rows.device))
     differences: list[float | None] = [None] * len(rows)
     if other is not None:
         others = rows.new_full((len(rows),), other, dtype=torch.long)
         constants = constants - lens.attribution_constant(others)
-        differences = (logits - lens.cap(lens.target_logits(rows, others)).cpu().numpy()).tolist()
+        (compared,) = to_host(lens.cap(lens.target_logits(rows, others)))
+        differences = (logits - compared.numpy()).tolist()
+    constant_of = to_host(constants)[0].tolist()
     return [
         PositionTarget(
             position=position,
@@ -68,7 +71,7 @@ def position_targets(
             target_probability=float(probabilities[i]),
             target_rank=int(ranks[i]),
             target_logit=float(logits[i]),
-            constant_logit_contribution=float(constants[i]),
+            constant_logit_contribution=constant_of[i],
             logit_difference=differences[i],
             target_log_probability=float(logits[i] - table.log_normalizers[i]),
         )
@@ -169,7 +172,7 @@ class LayerFlows:
     @torch.inference_mode()
     def _final(self, targets: Sequence[PositionTarget]) -> list[Flow]:
         """Build the final norm and the prediction at the position of each target."""
-        before = self._passed.residual[[target.position for target in targets]].float()
+        before = self._at(targets).float()
         after = self._model.view.lens.final_norm(before)
         last_layer = self._model.view.facts.n_layers - 1
         return [
@@ -177,13 +180,17 @@ class LayerFlows:
             for i, target in enumerate(targets)
         ]
 
+    def _at(self, targets: Sequence[PositionTarget]) -> torch.Tensor:
+        """Return the last block's output `[n, d_model]` at the targets' positions."""
+        residual = self._passed.residual
+        return residual[to_device([target.position for target in targets], residual.device)]
+
     def _directions(self, targets: Sequence[PositionTarget]) -> Sequence[torch.Tensor | None]:
         """Return the direction `[d_model]` of each target's logit contributions, or None."""
         if not self._spec.contributes:
             return [None] * len(targets)
-        residual = self._passed.residual[[target.position for target in targets]]
-        ids = [target.target_token_id for target in targets]
-        tokens = torch.tensor(ids, device=residual.device)
+        residual = self._at(targets)
+        tokens = to_device([target.target_token_id for target in targets], residual.device)
         lens = self._model.view.lens
         directions = lens.attribution(residual, tokens)
         if self._other is not None:

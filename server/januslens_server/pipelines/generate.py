@@ -9,7 +9,7 @@ import torch
 
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck
-from januslens_server.lens.cpu import highest
+from januslens_server.lens.extremes import highest
 from januslens_server.lens.projection import outcomes
 from januslens_server.models.decoding import Decoder, Sampler
 from januslens_server.models.resident import ResidentModel
@@ -25,6 +25,7 @@ from januslens_server.results import (
     LayerOutcome,
     Token,
 )
+from januslens_server.transfer import to_host
 
 
 def generate(request: ResolvedGenerate, check_cancelled: CancelCheck) -> Iterator[GenerationEvent]:
@@ -114,12 +115,15 @@ def _token(
     # A token that the model excludes has the logit minus infinity, and adds 0 to the entropy.
     nats = -torch.where(probabilities > 0, probabilities * log_probabilities, 0.0).sum()
     _, top_ids = highest(logits[None], top_k)
+    own, entropy, ids, listed = to_host(
+        log_probabilities[chosen], nats / math.log(2), top_ids[0], probabilities[top_ids[0]]
+    )
     return GeneratedToken(
         token=model.vocabulary.token(chosen),
-        log_probability=float(log_probabilities[chosen]),
-        entropy_bits=float(nats) / math.log(2),
-        top_ids=top_ids[0].tolist(),
-        top_probabilities=probabilities[top_ids[0]].tolist(),
+        log_probability=float(own),
+        entropy_bits=float(entropy),
+        top_ids=ids.tolist(),
+        top_probabilities=listed.tolist(),
         layers=layers,
     )
 

@@ -24,6 +24,7 @@ from januslens_server.results import (
     InterveneSummary,
     Outcome,
 )
+from januslens_server.transfer import to_host
 
 # Numbered experiments, all with the same lowest layer.
 Batch = tuple[int, list[tuple[int, Experiment]]]
@@ -161,17 +162,19 @@ class OutcomeReader:
         divergence = torch.where(probabilities > 0, terms, 0.0).sum(-1)
         logarithms = after.gather(1, targets)[:, 0]
         top = after.topk(min(self._request.spec.top_k, logits.shape[-1]), dim=-1)
-        columns = zip(
-            self._request.positions,
-            self._targets.tolist(),
-            logarithms.exp().tolist(),
-            own[:, 0].tolist(),
-            (logits > own).sum(-1).tolist(),
-            [None] * len(own) if other is None else (own[:, 0] - logits[:, other]).tolist(),
-            divergence.tolist(),
-            top.indices.tolist(),
-            top.values.exp().tolist(),
-            logarithms.tolist(),
-            strict=True,
+        figures = to_host(
+            self._targets,
+            logarithms.exp(),
+            own[:, 0],
+            (logits > own).sum(-1),
+            own[:, 0] if other is None else own[:, 0] - logits[:, other],
+            divergence,
+            top.indices,
+            top.values.exp(),
+            logarithms,
         )
-        return [Outcome(*column) for column in columns]
+        columns: list[list[Any]] = [column.tolist() for column in figures]
+        if other is None:
+            columns[4] = [None] * len(own)
+        rows = zip(self._request.positions, *columns, strict=True)
+        return [Outcome(*row) for row in rows]

@@ -11,7 +11,7 @@ import torch
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.head import LensHead
-from januslens_server.lens.projection import project
+from januslens_server.lens.projection import PendingTable, start_projection
 from januslens_server.results import ProjectionTable, StageTime
 from januslens_server.specs import LensSpec
 
@@ -51,5 +51,16 @@ def read(
     check_cancelled: CancelCheck,
 ) -> ProjectionTable:
     """Call `lens.projection.project`, and count the vectors in the metrics."""
+    return start_reading(head, vectors, spec, targets, check_cancelled).table()
+
+
+def start_reading(
+    head: LensHead,
+    vectors: torch.Tensor,
+    spec: LensSpec,
+    targets: torch.Tensor | None,
+    check_cancelled: CancelCheck,
+) -> PendingTable:
+    """Call `lens.projection.start_projection`, and count the vectors in the metrics."""
     telemetry.VECTORS_PROJECTED.inc(len(vectors))
-    return project(head, vectors, spec, targets, check_cancelled)
+    return start_projection(head, vectors, spec, targets, check_cancelled)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck
-from januslens_server.graph.flow import Flow
+from januslens_server.graph.flow import Flow, Numbers
+from januslens_server.lens.projection import PendingTable
 from januslens_server.models.failures import check_numbers
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import NODES_TOGETHER, Piece
-from januslens_server.pipelines.metrics import read
+from januslens_server.pipelines.metrics import start_reading
 from januslens_server.results import (
     Edges,
-    Floats,
     Gradients,
     Ints,
     LayerGraph,
@@ -29,6 +30,7 @@ from januslens_server.results import (
     ProjectionTable,
 )
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
+from januslens_server.transfer import HostCopy, to_device
 
 # Kinds that edges of the next layer may refer to.
 _RESIDUAL = [int(NodeKind.BLOCK_INPUT), int(NodeKind.BLOCK_OUTPUT)]
@@ -49,25 +51,33 @@ _WEIGHT_ROWS = frozenset(
 
 @dataclass(frozen=True)
 class _Unread:
-    """The nodes of a piece that are sent, and the edges, before anything is projected.
+    """The nodes of a piece that are sent, before anything is projected.
 
-    `norms` and `activations` are `[n]`. `vectors` `[m, d_model]` are those of the m nodes with the
+    `shown` are their indices among the nodes of the piece, whose `numbers` may still be on their
+    way from the device, flow by flow. `vectors` `[m, d_model]` are those of the m nodes with the
     indices `asked`, which are projected. `gradients` `[s, d_model]` are those of the s nodes with
-    the indices `states`.
+    the indices `states`, and `gradient_norms` `[s]` their norms.
     """
 
     layer: int
     last: bool
     lens: LensKind
     nodes: Nodes
-    norms: Floats
-    activations: Floats
-    edges: Edges
+    shown: Ints
+    numbers: Sequence[Callable[[], Numbers]]
     asked: Ints
     vectors: torch.Tensor
-    sent_vectors: Floats | None
+    sent_vectors: HostCopy | None
     states: Ints
     gradients: torch.Tensor
+    gradient_norms: HostCopy
+
+
+class _Started(NamedTuple):
+    """A projection of the vectors of several pieces, and the number of rows of each piece."""
+
+    table: PendingTable
+    counts: list[int]
 
 
 class FlowReader:
@@ -95,19 +105,15 @@ class FlowReader:
     def add(self, piece: Piece) -> None:
         """Collect a piece. Of its vectors, only those that are projected or sent are kept."""
         flows = [flow for flow in piece.flows if flow.nodes]
-        nodes = Nodes.joined([flow.nodes for flow in flows])
-        norms = torch.cat([flow.norms for flow in flows] or [torch.empty(0)]).cpu().numpy()
-        check_numbers("activations on this prompt", norms)
-        vectors = torch.empty(0, self._model.view.facts.d_model)
+        nodes, device = Nodes.joined([flow.nodes for flow in flows]), self._model.device
+        vectors = torch.empty(0, self._model.view.facts.d_model, device=device)
         if flows and self._spec.keeps_vectors:
-            vectors = torch.cat([flow.vectors for flow in flows])
-        vectors = vectors.to(self._model.device)
+            vectors = torch.cat([flow.vectors for flow in flows]).to(device)
         shown = self._shown(nodes)
         asked = np.empty(0, np.int64)
         if self._spec.include_projections:
             projected = np.concatenate([np.empty(0, np.bool_), *(flow.projected for flow in flows)])
             asked = np.flatnonzero(projected[shown])
-        activations = [flow.activations for flow in flows] or [np.empty(0, np.float32)]
         states, gradients = self._gradients(flows, shown.tolist())
         self._collected.append(
             _Unread(
@@ -115,14 +121,16 @@ class FlowReader:
                 last=piece.last,
                 lens=piece.lens,
                 nodes=nodes.rows(shown),
-                norms=norms[shown],
-                activations=np.concatenate(activations)[shown],
-                edges=Edges.joined([flow.edges for flow in flows]),
+                shown=shown,
+                numbers=[flow.numbers for flow in flows],
                 asked=asked,
-                vectors=vectors[shown[asked]],
-                sent_vectors=vectors[shown].cpu().numpy() if self._spec.include_vectors else None,
+                vectors=_rows(vectors, shown[asked]),
+                sent_vectors=HostCopy(_rows(vectors, shown))
+                if self._spec.include_vectors
+                else None,
                 states=states,
                 gradients=gradients,
+                gradient_norms=HostCopy(gradients.norm(dim=-1)),
             )
         )
 
@@ -133,16 +141,26 @@ class FlowReader:
             return True
         return sum(len(unread.nodes) for unread in self._collected) >= NODES_TOGETHER
 
-    def read(self) -> list[LayerGraph]:
-        """Return the results of the collected pieces, whose vectors are projected together.
+    def start(self) -> Callable[[], list[LayerGraph]]:
+        """Start to project the vectors of the collected pieces together.
 
-        Logits of weight rows are taken from the row cache if possible. `check_cancelled` is called
-        before every chunk of rows that is computed.
+        Returns a function that waits for their results; on a GPU, the caller can build the next
+        piece before. Logits of weight rows are taken from the row cache if possible.
+        `check_cancelled` is called before every chunk of rows that is computed.
         """
         collected, self._collected = self._collected, []
         tables = self._tables(collected)
         gradients = self._gradient_tables(collected)
-        return [self._graph(*each) for each in zip(collected, tables, gradients, strict=True)]
+        none = torch.empty(0)
+        unread = [replace(each, vectors=none, gradients=none) for each in collected]
+
+        def read() -> list[LayerGraph]:
+            for each in unread:
+                check_numbers("activations on this prompt", *(own().norms for own in each.numbers))
+            columns = _tables_of(tables, len(unread)), _tables_of(gradients, len(unread))
+            return [self._graph(*each) for each in zip(unread, *columns, strict=True)]
+
+        return read
 
     def _graph(
         self, unread: _Unread, table: ProjectionTable, gradients: ProjectionTable
@@ -151,19 +169,24 @@ class FlowReader:
         rows = np.full(len(unread.nodes), -1, np.int64)
         kept = np.flatnonzero(table.projected)
         rows[unread.asked[kept]] = kept
-        edges = self._edges(unread.edges, unread.nodes)
+        numbers = [own() for own in unread.numbers]
+        none = np.empty(0, np.float32)
+        norms = np.concatenate([none, *(own.norms for own in numbers)])
+        activations = np.concatenate([none, *(own.activations for own in numbers)])
+        edges = self._edges(Edges.joined([own.edges for own in numbers]), unread.nodes)
         if self._spec.overlap_k:
             edges = self._with_overlaps(edges, unread.nodes, table, rows)
+        sent = None if unread.sent_vectors is None else unread.sent_vectors.tensors()[0].numpy()
         return LayerGraph(
             layer=unread.layer,
             nodes=unread.nodes,
-            norms=unread.norms,
-            activations=unread.activations,
+            norms=norms[unread.shown],
+            activations=activations[unread.shown],
             rows=rows,
             projections=_trimmed(table, self._spec.lens.top_k),
             edges=edges,
             last=unread.last,
-            vectors=unread.sent_vectors,
+            vectors=sent,
             gradients=_of_states(unread, gradients) if self._spec.differentiates else None,
         )
 
@@ -177,7 +200,8 @@ class FlowReader:
         }
         states = [(i, found[number]) for i, number in enumerate(shown) if number in found]
         if not states:
-            return np.empty(0, np.int64), torch.empty(0, self._model.view.facts.d_model)
+            empty = torch.empty(0, self._model.view.facts.d_model, device=self._model.device)
+            return np.empty(0, np.int64), empty
         gradients = torch.stack([gradient for _, gradient in states]).to(self._model.device)
         return np.array([i for i, _ in states]), gradients
 
@@ -188,41 +212,40 @@ class FlowReader:
         kinds = nodes.column(NodeColumn.KIND)
         return np.flatnonzero(np.isin(kinds, [int(kind) for kind in self._spec.node_kinds]))
 
-    def _tables(self, collected: Sequence[_Unread]) -> list[ProjectionTable]:
-        """Return the projections of the nodes of each piece."""
-        if not self._spec.include_projections:
-            return [_no_projections()] * len(collected)
-        tables: list[ProjectionTable] = []
-        for kind, pieces in groupby(collected, key=lambda unread: unread.lens):
-            group = list(pieces)
-            vectors = torch.cat([unread.vectors for unread in group])
-            nodes = Nodes.joined([unread.nodes.rows(unread.asked) for unread in group])
-            table = self._project(vectors, nodes, kind)
-            tables += _split(table, [len(unread.asked) for unread in group])
+    def _tables(self, collected: Sequence[_Unread]) -> list[_Started]:
+        """Start to project the nodes of all pieces, together if the kind of lens is the same."""
+        tables: list[_Started] = []
+        if self._spec.include_projections:
+            for kind, pieces in groupby(collected, key=lambda unread: unread.lens):
+                group = list(pieces)
+                vectors = torch.cat([unread.vectors for unread in group])
+                nodes = Nodes.joined([unread.nodes.rows(unread.asked) for unread in group])
+                counts = [len(unread.asked) for unread in group]
+                tables.append(_Started(self._project(vectors, nodes, kind), counts))
         return tables
 
-    def _gradient_tables(self, collected: Sequence[_Unread]) -> list[ProjectionTable]:
-        """Return the projections of the gradients of each piece, if the request asks for them."""
+    def _gradient_tables(self, collected: Sequence[_Unread]) -> list[_Started]:
+        """Start to project the gradients of all pieces, if the request asks for them."""
         counts = [len(unread.states) for unread in collected]
         if not (self._spec.include_gradients and any(counts)):
-            return [_no_projections()] * len(collected)
+            return []
         vectors = torch.cat([unread.gradients for unread in collected])
         # A trace has the gradients of the logit at its last position only.
         last = self._targets[max(self._targets)]
-        targets = torch.full((len(vectors), 1), last, device=vectors.device)
-        lens = self._spec.lens
-        table = read(self._model.view.lens, vectors, lens, targets, self._check_cancelled)
-        return _split(table, counts)
+        targets = vectors.new_full((len(vectors), 1), last, dtype=torch.long)
+        head, lens = self._model.view.lens, self._spec.lens
+        table = start_reading(head, vectors, lens, targets, self._check_cancelled)
+        return [_Started(table, counts)]
 
-    def _project(self, vectors: torch.Tensor, nodes: Nodes, kind: LensKind) -> ProjectionTable:
+    def _project(self, vectors: torch.Tensor, nodes: Nodes, kind: LensKind) -> PendingTable:
         lens = self._spec.lens
         widest = LensSpec(max(lens.top_k, self._spec.overlap_k), lens.bottom_k, kind)
-        targets = [[self._targets[at]] for at in nodes.column(NodeColumn.POSITION).tolist()]
-        ids = torch.tensor(targets, dtype=torch.long, device=vectors.device).reshape(-1, 1)
+        targets = [self._targets[at] for at in nodes.column(NodeColumn.POSITION).tolist()]
+        ids = to_device(targets, vectors.device)[:, None]
         rows = self._model.rows
         before, found, missed = rows.computed, rows.found, rows.missed
         keys = self._weight_rows(nodes)
-        table = rows.project(vectors, keys, widest, ids, self._check_cancelled)
+        table = rows.start_projection(vectors, keys, widest, ids, self._check_cancelled)
         telemetry.VECTORS_PROJECTED.inc(rows.computed - before)
         telemetry.ROW_CACHE_HITS.inc(rows.found - found)
         telemetry.ROW_CACHE_MISSES.inc(rows.missed - missed)
@@ -266,10 +289,23 @@ class FlowReader:
         return replace(edges, overlaps=np.array(overlaps, np.float64))
 
 
+def _tables_of(started: Sequence[_Started], pieces: int) -> list[ProjectionTable]:
+    """Wait for the tables of all pieces; they have no rows if nothing was projected."""
+    tables = [own for table, counts in started for own in _split(table.table(), counts)]
+    return tables or [_no_projections()] * pieces
+
+
+def _rows(vectors: torch.Tensor, chosen: Ints) -> torch.Tensor:
+    """Return the `chosen` rows, in ascending order; all of them without a copy."""
+    if len(chosen) == len(vectors):
+        return vectors
+    return vectors[to_device(chosen, vectors.device)]
+
+
 def _of_states(unread: _Unread, table: ProjectionTable) -> Gradients:
     """Return the gradients of a piece, given their projections."""
     norms = np.full(len(unread.nodes), np.nan, np.float32)
-    norms[unread.states] = unread.gradients.norm(dim=-1).cpu().numpy()
+    norms[unread.states] = unread.gradient_norms.tensors()[0].numpy()
     rows = np.full(len(unread.nodes), -1, np.int64)
     kept = np.flatnonzero(table.projected)
     rows[unread.states[kept]] = kept

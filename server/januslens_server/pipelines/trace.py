@@ -50,15 +50,17 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
         check_cancelled()
         with clock.stage("project"):
             reader.add(piece)
-            graphs = reader.read() if reader.full else []
+            read = reader.start() if reader.full else None
         if spec.include_checks:
             with clock.stage("check"):
                 checks.see(piece.flows)
-        # Build the next piece before this one is encoded, because both hold the interpreter's lock.
+        # Build the next piece while a GPU projects this one. It comes before this one is encoded,
+        # because both hold the interpreter's lock.
         piece = next(pieces, None)
-        if piece is None:
-            with clock.stage("project"):
-                graphs += reader.read()
+        with clock.stage("project"):
+            graphs = [] if read is None else read()
+            if piece is None:
+                graphs += reader.start()()
         nodes += sum(len(graph.nodes) for graph in graphs)
         edges += sum(len(graph.edges) for graph in graphs)
         yield from graphs

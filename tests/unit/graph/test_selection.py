@@ -39,11 +39,12 @@ def test_rows_are_selected_independently() -> None:
 def test_top_and_bottom_selections_do_not_overlap(
     top: int, bottom: int, expected: list[int]
 ) -> None:
-    assert extremes(SCORES, top, bottom).tolist() == expected
+    picked = extremes(SCORES, top, bottom)
+    assert picked.numbers == picked.rows.tolist() == expected
 
 
 def test_every_part_is_either_selected_or_in_other() -> None:
-    picked = extremes(SCORES, 2, 1)
+    picked = extremes(SCORES, 2, 1).rows
     rest = left_out(len(SCORES), picked)
     assert sorted([*picked.tolist(), *rest.nonzero()[:, 0].tolist()]) == list(range(len(SCORES)))
     of_rows = left_out(4, torch.tensor([[0, 1], [3, 0]]))

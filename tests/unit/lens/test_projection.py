@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from januslens_server.lens import projection
-from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, Norm
 from januslens_server.lens.projection import project
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from januslens_server.errors import RequestCancelled
-from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, Norm
 from januslens_server.lens.projection import project
 from januslens_server.lens.row_cache import ROWS, RowCache
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
 
@@ -35,6 +36,10 @@ def head() -> LensHead:
     return LensHead(
         norm, Unembedding(unembedding), torch.randn(VOCAB), 1.3, chunk_bytes=4 * VOCAB * 3 * ROWS
     )
+
+
+def projected(cache: RowCache, *arguments: Any) -> ProjectionTable:
+    return cache.start_projection(*arguments).table()
 
 
 def cache_of(head: LensHead, rows: int = 2 * COUNT) -> RowCache:
@@ -73,7 +78,7 @@ def test_the_numbers_are_those_of_the_rows_without_a_cache(
     for turn in range(8):  # rows come again, go, and stand several times in one request
         picked = random.integers(0, COUNT, 1 + turn * 20).tolist()
         wanted = targets(len(picked), turn)
-        ours = cache.project(vectors[picked], some(picked, named), SPEC, wanted)
+        ours = projected(cache, vectors[picked], some(picked, named), SPEC, wanted)
         assert_same(ours, project(head, vectors[picked], SPEC, wanted), bits=False)
 
 
@@ -81,34 +86,34 @@ def test_results_are_bit_identical_for_any_earlier_requests(
     head: LensHead, vectors: torch.Tensor
 ) -> None:
     picked, wanted = list(range(0, 150, 3)), targets(50)
-    fresh = cache_of(head).project(vectors[picked], some(picked, 1.0), SPEC, wanted)
+    fresh = projected(cache_of(head), vectors[picked], some(picked, 1.0), SPEC, wanted)
     for before in ([1], list(range(7, 60)), list(range(149, 20, -1)), picked):
         cache = cache_of(head)
-        cache.project(vectors[before], some(before, 1.0), SPEC, targets(len(before)))
-        again = cache.project(vectors[picked], some(picked, 1.0), SPEC, wanted)
+        projected(cache, vectors[before], some(before, 1.0), SPEC, targets(len(before)))
+        again = projected(cache, vectors[picked], some(picked, 1.0), SPEC, wanted)
         assert_same(again, fresh, bits=True)
 
 
 def test_a_row_that_is_kept_is_not_computed_again(head: LensHead, vectors: torch.Tensor) -> None:
     cache = cache_of(head)
-    first = cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    first = projected(cache, vectors, KEYS, SPEC, targets(COUNT))
     elsewhere = torch.zeros_like(vectors) + 1
-    again = cache.project(elsewhere, KEYS, SPEC, targets(COUNT))
+    again = projected(cache, elsewhere, KEYS, SPEC, targets(COUNT))
     assert_same(again, first, bits=True)
 
 
 def test_another_target_of_a_kept_row_is_exact(head: LensHead, vectors: torch.Tensor) -> None:
     cache = cache_of(head)
-    cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    projected(cache, vectors, KEYS, SPEC, targets(COUNT))
     every = torch.arange(VOCAB).expand(COUNT, -1)
-    table = cache.project(vectors, KEYS, SPEC, every)
+    table = projected(cache, vectors, KEYS, SPEC, every)
     logits = head.logits(head.prepare(vectors, SPEC.kind))
     expected = (logits[:, None, :] > logits[:, :, None]).sum(2)
     np.testing.assert_array_equal(table.target_ranks, expected.numpy())
 
 
 def test_zero_rows_have_no_projection(head: LensHead) -> None:
-    table = cache_of(head).project(torch.zeros(2, WIDTH), ["zero", None], SPEC, targets(2))
+    table = projected(cache_of(head), torch.zeros(2, WIDTH), ["zero", None], SPEC, targets(2))
     assert table.projected.tolist() == [False, False]
 
 
@@ -121,8 +126,8 @@ def test_rows_that_are_not_cached_are_computed(
     head: LensHead, vectors: torch.Tensor, spec: LensSpec
 ) -> None:
     cache = cache_of(head)
-    cache.project(vectors, KEYS, SPEC, targets(COUNT))
-    ours = cache.project(vectors, KEYS, spec, targets(COUNT))
+    projected(cache, vectors, KEYS, SPEC, targets(COUNT))
+    ours = projected(cache, vectors, KEYS, spec, targets(COUNT))
     assert_same(ours, project(head, vectors, spec, targets(COUNT)), bits=True)
 
 
@@ -130,7 +135,7 @@ def test_cache_stays_within_its_size(head: LensHead, vectors: torch.Tensor) -> N
     cache = cache_of(head, rows=3 * ROWS)
     for start in range(0, COUNT, 30):
         part = slice(start, start + 30)
-        cache.project(vectors[part], KEYS[part], SPEC, targets(len(KEYS[part])))
+        projected(cache, vectors[part], KEYS[part], SPEC, targets(len(KEYS[part])))
     assert cache._logits.nbytes == 4 * VOCAB * 3 * ROWS
     assert len(cache._slots) <= 3 * ROWS
     assert len(set(cache._slots.values())) == len(cache._slots)
@@ -139,7 +144,7 @@ def test_cache_stays_within_its_size(head: LensHead, vectors: torch.Tensor) -> N
 def test_cache_of_size_zero_keeps_no_rows(head: LensHead, vectors: torch.Tensor) -> None:
     cache = RowCache(head, limit=4 * VOCAB - 1, rows=10**6)
     assert not cache.usable
-    ours = cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    ours = projected(cache, vectors, KEYS, SPEC, targets(COUNT))
     assert_same(ours, project(head, vectors, SPEC, targets(COUNT)), bits=True)
 
 
@@ -167,10 +172,10 @@ def test_a_projection_that_is_cancelled_keeps_only_finished_rows(
             raise RequestCancelled("cancelled")
 
     with pytest.raises(RequestCancelled):
-        cache.project(vectors, KEYS, SPEC, targets(COUNT), check)
+        projected(cache, vectors, KEYS, SPEC, targets(COUNT), check)
     assert cache.computed == 3 * ROWS  # one chunk: the first check is that of rows without keys
-    again = cache.project(vectors, KEYS, SPEC, targets(COUNT))
-    assert_same(again, cache_of(head).project(vectors, KEYS, SPEC, targets(COUNT)), bits=True)
+    again = projected(cache, vectors, KEYS, SPEC, targets(COUNT))
+    assert_same(again, projected(cache_of(head), vectors, KEYS, SPEC, targets(COUNT)), bits=True)
     assert cache.computed == COUNT
 
 
@@ -189,10 +194,10 @@ def test_rows_whose_computation_failed_are_computed_again(
     cache = cache_of(Failing(**vars(head)))
     fail = True
     with pytest.raises(MemoryError):
-        cache.project(vectors, KEYS, SPEC, targets(COUNT))
+        projected(cache, vectors, KEYS, SPEC, targets(COUNT))
     fail = False
-    again = cache.project(vectors, KEYS, SPEC, targets(COUNT))
-    assert_same(again, cache_of(head).project(vectors, KEYS, SPEC, targets(COUNT)), bits=True)
+    again = projected(cache, vectors, KEYS, SPEC, targets(COUNT))
+    assert_same(again, projected(cache_of(head), vectors, KEYS, SPEC, targets(COUNT)), bits=True)
 
 
 def pass_over(cache: RowCache, vectors: torch.Tensor, each: int = 20) -> int:
@@ -200,7 +205,7 @@ def pass_over(cache: RowCache, vectors: torch.Tensor, each: int = 20) -> int:
     before = cache.found
     for start in range(0, COUNT, each):
         part = slice(start, start + each)
-        cache.project(vectors[part], KEYS[part], SPEC, targets(each))
+        projected(cache, vectors[part], KEYS[part], SPEC, targets(each))
     return cache.found - before
 
 
@@ -232,5 +237,5 @@ def test_rows_used_repeatedly_replace_those_of_earlier_passes(
         before = cache.found
         for start in range(0, 80, 20):
             part = slice(start, start + 20)
-            cache.project(vectors[part], others[part], SPEC, targets(20, turn))
+            projected(cache, vectors[part], others[part], SPEC, targets(20, turn))
     assert cache.found - before == 80

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, Norm
 from januslens_server.lens.row_index import RowIndex, index_rows
+from januslens_server.lens.unembedding import Unembedding
 
 VOCAB = 6
 

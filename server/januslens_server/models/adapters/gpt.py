@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import Scoring
-from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.adapters.modules import (
     by_head,
     facts,

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture.hooks import nth_tensor
 from januslens_server.errors import ModelFailed
-from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, NoNorm, Norm
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.adapters.observed_pass import (
     ModuleCall,
     observed_ids,
