@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,20 @@ def plain(case: Case) -> Any:
 
 
 @cache
-def resident(case: Case, data_type: torch.dtype = torch.float32) -> ResidentModel:
-    """Build the resident model with the same weights and the family's default attention."""
+def resident(
+    case: Case,
+    data_type: torch.dtype = torch.float32,
+    prepare: Callable[[nn.Module], object] | None = None,
+) -> ResidentModel:
+    """Build the resident model with the same weights and the family's default attention.
+
+    `prepare` is called with the network before it is read.
+    """
     network = AutoModelForCausalLM.from_config(case.config(), dtype=data_type)
     network.load_state_dict(plain(case).state_dict())
     network.eval().requires_grad_(requires_grad=False)
+    if prepare is not None:
+        prepare(network)
     provenance = Provenance(
         model=case.id,
         revision="",

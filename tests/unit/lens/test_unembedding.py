@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from januslens_server.lens import cpu
-from januslens_server.lens.cpu import (
+from januslens_server.lens import unembedding
+from januslens_server.lens.extremes import highest
+from januslens_server.lens.unembedding import (
     FEWEST_TOKENS,
     MOST_TOKENS,
     PRODUCT_BYTES,
+    Product,
     Unembedding,
     has_onednn,
     rows_per_product,
+    three_parts,
     tokens_at_once,
 )
 from januslens_server.tuning import MAPPED_BYTES
@@ -40,11 +43,11 @@ def logits(of: Unembedding, vectors: torch.Tensor) -> torch.Tensor:
 def test_logits_are_the_product_in_float64(
     packs: bool, data_type: torch.dtype, vocab: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "has_onednn", lambda: packs and has_onednn())
+    monkeypatch.setattr(unembedding, "has_onednn", lambda: packs and has_onednn())
     matrix = weight(vocab, data_type)
     vectors = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1))
     of = Unembedding(matrix)
-    assert {block.packed for block in of.blocks} == {packs and has_onednn()}
+    assert {block.product is Product.PACKED for block in of.blocks} == {packs and has_onednn()}
     wanted = vectors.double() @ matrix.double().T
     assert (logits(of, vectors).double() - wanted).abs().sum() <= 2e-6 * max(1, wanted.numel())
 
@@ -74,7 +77,7 @@ def test_logits_of_several_products_equal_those_of_one(monkeypatch: pytest.Monke
     of = Unembedding(weight(FEWEST_TOKENS))
     vectors = torch.randn(97, WIDTH, generator=torch.Generator().manual_seed(3))
     whole = logits(of, vectors)
-    monkeypatch.setattr(cpu, "PRODUCT_BYTES", 20 * 4 * FEWEST_TOKENS)
+    monkeypatch.setattr(unembedding, "PRODUCT_BYTES", 20 * 4 * FEWEST_TOKENS)
     assert rows_per_product(len(vectors), FEWEST_TOKENS) == 20
     assert logits(of, vectors).equal(whole)
 
@@ -140,12 +143,77 @@ class OtherMeaning:
 def test_changed_private_operators_are_not_used(
     operators: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_OPERATIONS", operators)
+    monkeypatch.setattr(unembedding, "_OPERATIONS", operators)
     has_onednn.cache_clear()
     try:
         matrix = weight(65)
         of = Unembedding(matrix)
-        assert not any(block.packed for block in of.blocks)
+        assert not any(block.product is Product.PACKED for block in of.blocks)
         assert logits(of, torch.eye(WIDTH)).T.equal(matrix)
     finally:
         has_onednn.cache_clear()
+
+
+def in_parts(vectors: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply as `three_part_product` does, with float32 sums of the same products on the CPU."""
+    low, middle, high = (part.float() for part in reversed(three_parts(vectors)))
+    columns = matrix.float().T
+    return low @ columns + middle @ columns + high @ columns
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_three_bfloat16_parts_are_the_float32_number(scale: float) -> None:
+    numbers = scale * torch.randn(10_000, generator=torch.Generator().manual_seed(4))
+    parts = three_parts(numbers)
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    assert torch.stack([part.double() for part in parts]).sum(0).equal(numbers.double())
+
+
+@pytest.mark.parametrize("width", [24, 576, 4096])
+def test_logits_in_parts_have_the_digits_of_float32(width: int) -> None:
+    random = torch.Generator().manual_seed(5)
+    vectors, matrix = torch.randn(40, width, generator=random), torch.randn(900, width)
+    matrix = matrix.bfloat16()
+    exact = vectors.double() @ matrix.double().T
+    size = vectors.double().abs() @ matrix.double().abs().T
+    found = in_parts(vectors, matrix)
+    assert ((found.double() - exact).abs() / size).max() <= 1e-6
+    one = ((vectors.bfloat16().float() @ matrix.float().T).double() - exact).abs() / size
+    assert one.max() > 1e-4  # a single bfloat16 product has other digits
+    float32 = (vectors @ matrix.float().T).double() - exact
+    assert (found.double() - exact).norm() <= 2 * float32.norm()
+
+
+def test_parts_keep_the_order_of_logits_and_their_ties() -> None:
+    random = torch.Generator().manual_seed(6)
+    vectors, matrix = torch.randn(60, 256, generator=random), torch.randn(3_000, 256)
+    matrix[2_000:2_300] = matrix[100:400]  # tokens with equal rows
+    matrix = matrix.bfloat16()
+    found, exact = in_parts(vectors, matrix), vectors.double() @ matrix.double().T
+    assert found[:, 2_000:2_300].equal(found[:, 100:400])
+    ids = highest(found, 10)[1]
+    assert ids.equal(exact.sort(dim=1, descending=True, stable=True).indices[:, :10])
+    targets = torch.randint(3_000, (60, 1), generator=random)
+    ranks = [(logits > logits.gather(1, targets)).sum(1) for logits in (found, exact)]
+    assert ranks[0].equal(ranks[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [24, 4096])
+def test_a_gpu_multiplies_by_the_bfloat16_matrix_itself(width: int) -> None:
+    random = torch.Generator().manual_seed(7)
+    vectors, matrix = torch.randn(130, width, generator=random), torch.randn(2_000, width)
+    weight = matrix.bfloat16().cuda()
+    of = Unembedding(weight)
+    (block,) = of.blocks
+    assert block.product is Product.THREE_PARTS
+    assert block.matrix.data_ptr() == weight.data_ptr()
+    out = torch.empty(130, 2_000, device="cuda")
+    block.logits(vectors.cuda(), out)
+    exact = vectors.double() @ matrix.bfloat16().double().T
+    size = vectors.double().abs() @ matrix.bfloat16().double().abs().T
+    assert ((out.cpu().double() - exact).abs() / size).max() <= 1e-6
+    again = torch.empty_like(out)
+    block.logits(vectors.cuda(), again)
+    assert again.equal(out)
