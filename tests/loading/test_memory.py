@@ -15,8 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from januslens_server.errors import ModelFailed
+from januslens_server.lens import unembedding
 from januslens_server.models.device_memory import (
     available,
+    free_for_requests,
     free_memory,
     own_groups,
     total_memory,
@@ -24,10 +26,11 @@ from januslens_server.models.device_memory import (
     watched_devices,
 )
 from januslens_server.models.loader import load
-from januslens_server.models.placement import CHUNKS_AT_WORK, MemoryNeed, memory_needed
+from januslens_server.models.placement import CHUNKS_AT_WORK, MemoryNeed, memory_needed, place
 from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.loading.folders import room_for, saved, weight_bytes
 
+GIB = 2**30
 TIED = Case("gpt2", "tied", {"tie_word_embeddings": True})
 UNTIED = next(case for case in CASES if case.id == "llama-grouped")
 MIXTURE = next(case for case in MIXTURES if case.id == "mixtral-window")
@@ -104,7 +107,60 @@ def test_a_gpu_keeps_no_rows_and_no_index() -> None:
     need = memory_needed(skeleton(UNTIED, torch.float32), 1000, 2**16)
     assert min(need.rows, need.neurons) > 0
     assert need.on("cpu") == need
-    assert need.on("cuda:0") == MemoryNeed(need.weights, need.lens, need.work)
+    assert need.on("cuda:0") == MemoryNeed(need.weights, 0, need.work)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_gpu_that_multiplies_by_bfloat16_needs_no_copy_of_the_head(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(unembedding, "has_float32_sums", lambda _device: multiplies)
+    config = UNTIED.config()
+    head = 4 * config.vocab_size * config.hidden_size
+    need = memory_needed(skeleton(UNTIED, torch.bfloat16), 1000, 2**16)
+    assert need.lens == head
+    assert need.on("cuda:0").lens == (0 if multiplies else head)
+    assert need.on("cuda:0").total == need.weights + need.on("cuda:0").lens + need.work
+    assert memory_needed(skeleton(UNTIED, torch.float16), 1000, 0).on("cuda:0").lens == head
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """Two GPUs of 80 GiB to the code, the second with 30 GiB free; torch holds 3 GiB of each."""
+    free = {0: (50 * GIB, 80 * GIB), 1: (30 * GIB, 80 * GIB)}
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "mem_get_info": lambda device: free[torch.device(device).index],
+        "memory_reserved": lambda _device: 3 * GIB,
+        "memory_allocated": lambda _device: 2 * GIB,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return free
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_requests_may_take_the_free_memory_of_the_gpu_that_has_least() -> None:
+    # Memory that torch keeps without using it is free, and 1 GiB stays in reserve.
+    assert free_for_requests("cuda:0") == 50 * GIB
+    assert free_for_requests("cuda:1") == 30 * GIB
+    assert free_for_requests("auto") == 30 * GIB
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_model_too_large_for_one_gpu_is_split_by_layers() -> None:
+    deep = replace(UNTIED, name="deep", settings=UNTIED.settings | {"num_hidden_layers": 12})
+    network = skeleton(deep, torch.float32)
+    need = memory_needed(network, 1000, 0)
+    part = need.on("cuda:0").beside_weights + int(0.7 * need.weights)
+    room = {"cuda:0": part, "cuda:1": part, "cpu": 0}
+    placed = place(network, need, "auto", room, None)
+    assert set(placed.values()) == {0, 1}
+    layers = [number for name, number in placed.items() if ".layers." in name]
+    assert layers == sorted(layers)
+    assert place(network, need, "auto", room | {"cuda:1": need.total}, None) == {"": "cuda:1"}
 
 
 def test_free_memory_is_the_limit_by_default(tmp_path: Path) -> None:

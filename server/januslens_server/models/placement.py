@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed, readable_size
+from januslens_server.lens.unembedding import multiplies_without_copy
 from januslens_server.models.device_memory import available
 from januslens_server.models.neuron_index import DEPTH, ENTRY_BYTES, INDEX_BYTES, ROW_BYTES
 
@@ -37,6 +38,7 @@ class MemoryNeed:
         packed: The output head in the CPU's layout, if `lens` is not that copy already.
         rows: Logits of weight rows, cached for later traces (`--row-cache`); CPU only.
         neurons: The neuron index; CPU only.
+        gpu_lens: What `lens` is on a GPU, which multiplies by a bfloat16 head as it is.
     """
 
     weights: int
@@ -45,10 +47,13 @@ class MemoryNeed:
     packed: int = 0
     rows: int = 0
     neurons: int = 0
+    gpu_lens: int = 0
 
     def on(self, device: str) -> MemoryNeed:
         """The part of the need that applies if this device computes."""
-        return self if device == "cpu" else replace(self, packed=0, rows=0, neurons=0)
+        if device == "cpu":
+            return self
+        return replace(self, lens=self.gpu_lens, packed=0, rows=0, neurons=0)
 
     @property
     def beside_weights(self) -> int:
@@ -79,7 +84,8 @@ def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: 
 
     The skeleton has the data type that the weights will have. The lens and the flow graph compute
     in float32: for half types they keep a copy of the output head, and copy one block's weights at
-    a time. For float32 only a CPU copies the head, into another layout.
+    a time. A GPU needs no copy of a bfloat16 head. For float32 only a CPU copies the head, into
+    another layout.
     """
     rows, neurons = _kept(skeleton, row_cache_bytes)
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
@@ -91,7 +97,12 @@ def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: 
         return MemoryNeed(weights, 0, work, head, rows, neurons)
     layers: int = skeleton.config.get_text_config().num_hidden_layers
     block = copied * sum(p.numel() for p in skeleton.parameters()) // layers
-    return MemoryNeed(weights, head, work + block, 0, rows, neurons)
+    gpu_lens = head
+    if torch.cuda.is_available() and multiplies_without_copy(
+        torch.device("cuda", torch.cuda.current_device()), skeleton.dtype
+    ):
+        gpu_lens = 0
+    return MemoryNeed(weights, head, work + block, 0, rows, neurons, gpu_lens)
 
 
 def _kept(skeleton: PreTrainedModel, row_cache_bytes: int) -> tuple[int, int]:
