@@ -2,8 +2,9 @@
 
 A random model with the shape of GPT-2 small is created, loaded in this process, and served over
 loopback by another process. Floors and measurements alternate, and the figures are medians. The
-module of a row has a function `measure` that takes a `Bench`; `ROWS` and `GENERATION` list the
-modules in the order in which they run. Generation is measured on a model of SmolLM2's shape.
+module of a row has a function `measure` that takes a `Bench`; `ROWS`, `GENERATION` and `PER_NODE`
+list the modules in the order in which they run. Generation is measured on a model of SmolLM2's
+shape, and what one process can send on a narrow one.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from tests.benchmarks.rows import (
     gradient_lens,
     positions,
     survey,
+    throughput,
     trace,
     unprojected,
     warm,
     workspace,
 )
-from tests.benchmarks.shapes import GPT2_SMALL, SMOLLM2_135M, TINY
+from tests.benchmarks.shapes import GPT2_SMALL, NARROW, SMOLLM2_135M, TINY
 
 # The first row measures memory, which later rows leave allocated.
 ROWS = {
@@ -44,11 +46,17 @@ ROWS = {
 }
 # Rows that are measured on a model of SmolLM2's shape.
 GENERATION = {"generate": generate.measure}
+# Rows about what Python does for each node, on a model without arithmetic.
+PER_NODE = {"throughput": throughput.measure}
 
 
 @click.command(help="Measure the goals of docs/performance.md on this machine's CPU.")
 @click.option(
-    "--rows", "names", type=click.Choice([*ROWS, *GENERATION]), multiple=True, help="Only these."
+    "--rows",
+    "names",
+    type=click.Choice([*ROWS, *GENERATION, *PER_NODE]),
+    multiple=True,
+    help="Only these.",
 )
 @click.option("--rounds", default=5, show_default=True, help="Turns that each thing takes.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True, help="Cores to use.")
@@ -63,7 +71,8 @@ GENERATION = {"generate": generate.measure}
 def main(names: Sequence[str], rounds: int, threads: int, tiny: bool, out: Path) -> None:
     """Measure, print the table, and write the results to a file."""
     rows: list[Row] = []
-    for shape, measures in ((GPT2_SMALL, ROWS), (SMOLLM2_135M, GENERATION)):
+    parts = ((GPT2_SMALL, ROWS), (SMOLLM2_135M, GENERATION), (NARROW, PER_NODE))
+    for shape, measures in parts:
         wanted = [name for name in names or measures if name in measures]
         if not wanted:
             continue

@@ -30,7 +30,7 @@ class Bench:
 
     Neither keeps anything between requests, so a repeated trace is as cold as the first. `flags`
     are those with which to start a similar server, without `COLD`. `server` measures the memory of
-    the other process; `rounds` is the number of alternating rounds.
+    the other process, at `address`; `rounds` is the number of alternating rounds.
     """
 
     shape: Shape
@@ -40,6 +40,7 @@ class Bench:
     server: Memory
     rounds: int
     flags: tuple[str, ...]
+    address: str
 
 
 @contextmanager
@@ -63,7 +64,8 @@ def bench(
         januslens.Client(server.address) as client,
     ):
         memory = Memory(server.process.pid)
-        yield Bench(shape, model, Floors(model), client, memory, rounds, flags)
+        address = server.address
+        yield Bench(shape, model, Floors(model), client, memory, rounds, flags, address)
 
 
 def machine(threads: int) -> str:

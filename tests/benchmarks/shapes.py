@@ -45,6 +45,12 @@ SMOLLM2_135M = Shape(
     "SmolLM2-135M", 30, 576, 9, 49_152, 16, 128, gated_width=1536, kv_heads=3, tied=True
 )
 LLAMA_2_7B = Shape("Llama-2-7B", 32, 4096, 32, 32_000, 32, 128, gated_width=11_008)
+LLAMA_1B = Shape(
+    "Llama-3.2-1B", 16, 2048, 32, 128_256, 32, 128, gated_width=8192, kv_heads=8, tied=True
+)
+LLAMA_SMALL = Shape("small Llama", 4, 64, 8, 2_000, 8, 12, gated_width=128, kv_heads=4)
+# As many layers, heads and neurons as a large model, in a width that takes no time to compute.
+NARROW = Shape("narrow Llama", 32, 64, 32, 500, 16, 32, gated_width=256, kv_heads=8)
 TINY = Shape("tiny GPT-2", 2, 32, 4, 2_000, prompt=6, long_prompt=10)
 
 

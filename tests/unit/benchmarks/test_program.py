@@ -11,11 +11,10 @@ from click.testing import CliRunner
 from tests.benchmarks import __main__ as program
 from tests.benchmarks import gpu
 from tests.benchmarks.report import Row
-from tests.benchmarks.shapes import TINY, build
 
 # Most rows start servers of their own, so `make test` runs two that do not.
 TWO_ROWS = pytest.param(["trace", "gradient"], id="two rows")
-EVERY_ROW = pytest.param([*program.ROWS], marks=pytest.mark.soak, id="every row")
+EVERY_ROW = pytest.param([*program.ROWS, *program.PER_NODE], marks=pytest.mark.soak, id="every row")
 
 
 @pytest.mark.parametrize("rows", [TWO_ROWS, EVERY_ROW])
@@ -47,11 +46,35 @@ def test_gpu_benchmark_without_a_gpu_exits_with_a_message() -> None:
     assert (done.exit_code, done.output.strip()) == (2, "needs a GPU: torch finds no CUDA device")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_gpu_rows_are_measured(tmp_path: Path) -> None:
-    from tests.benchmarks.bench import bench
+def test_the_steps_of_the_gpu_run_measure_and_leave_nothing_behind(tmp_path: Path) -> None:
+    arguments = ["--tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    steps = {name: step for name, step in gpu.STEPS.items() if name != "self-test"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "STEPS", steps)  # the self-test would run pytest in pytest
+        done = CliRunner().invoke(gpu.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [written["notes"][name] for name in steps] == ["done"] * len(steps)
+    assert written["notes"]["missing packages"] == []
+    rows = {row["name"]: row for row in written["rows"]}
+    assert all(row["reached"] for name, row in rows.items() if "CPU" in name or "bit" in name)
+    assert len(rows) == 6 + 3 + 4
 
-    build(TINY, tmp_path, torch.bfloat16)
-    with bench(TINY, tmp_path, 1, 1, "cuda", "bfloat16") as measured:
-        assert [row.unit for row in gpu.measure(measured)] == ["ms"] * 4 + ["MiB"]
+
+def test_a_step_that_fails_or_finds_no_time_does_not_end_the_gpu_run(tmp_path: Path) -> None:
+    def broken(_run: gpu.Run) -> list[Row]:
+        raise RuntimeError("no such kernel")
+
+    def slow(run: gpu.Run) -> list[Row]:
+        run.ends = 0.0
+        return [Row("slow", 1.0, "s", None, "")]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "STEPS", {"broken": broken, "slow": slow, "late": slow})
+        done = CliRunner().invoke(gpu.main, ["--device", "cpu", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["notes"]["broken"] == "failed: RuntimeError: no such kernel"
+    assert [row["name"] for row in written["rows"]] == ["slow"]
+    assert "late: not started: no time left" in done.output
