@@ -70,7 +70,7 @@ class _Unread:
     sent_vectors: HostCopy | None
     states: Ints
     gradients: torch.Tensor
-    gradient_norms: HostCopy
+    gradient_norms: HostCopy | None
 
 
 class _Started(NamedTuple):
@@ -115,6 +115,8 @@ class FlowReader:
             projected = np.concatenate([np.empty(0, np.bool_), *(flow.projected for flow in flows)])
             asked = np.flatnonzero(projected[shown])
         states, gradients = self._gradients(flows, shown.tolist())
+        lengths = HostCopy(gradients.norm(dim=-1)) if self._spec.differentiates else None
+        sent = HostCopy(_rows(vectors, shown)) if self._spec.include_vectors else None
         self._collected.append(
             _Unread(
                 layer=piece.layer,
@@ -125,12 +127,10 @@ class FlowReader:
                 numbers=[flow.numbers for flow in flows],
                 asked=asked,
                 vectors=_rows(vectors, shown[asked]),
-                sent_vectors=HostCopy(_rows(vectors, shown))
-                if self._spec.include_vectors
-                else None,
+                sent_vectors=sent,
                 states=states,
                 gradients=gradients,
-                gradient_norms=HostCopy(gradients.norm(dim=-1)),
+                gradient_norms=lengths,
             )
         )
 
@@ -305,7 +305,8 @@ def _rows(vectors: torch.Tensor, chosen: Ints) -> torch.Tensor:
 def _of_states(unread: _Unread, table: ProjectionTable) -> Gradients:
     """Return the gradients of a piece, given their projections."""
     norms = np.full(len(unread.nodes), np.nan, np.float32)
-    norms[unread.states] = unread.gradient_norms.tensors()[0].numpy()
+    if unread.gradient_norms is not None:
+        norms[unread.states] = unread.gradient_norms.tensors()[0].numpy()
     rows = np.full(len(unread.nodes), -1, np.int64)
     kept = np.flatnonzero(table.projected)
     rows[unread.states[kept]] = kept
