@@ -145,7 +145,7 @@ def test_gradients_are_the_same_and_verified(name: str, record: Record) -> None:
     spec = GradientLensSpec(
         tuple(case.prompt),
         NegativeLogLikelihood((5, 7)),
-        matrices=tuple(MatrixKind),
+        matrices=tuple(kind for kind in MatrixKind if kind is not MatrixKind.MODULE),
         neurons=3,
         include_factors=True,
         components=3,

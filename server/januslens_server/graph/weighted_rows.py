@@ -38,7 +38,7 @@ def extremes(scores: torch.Tensor, top: int, bottom: int) -> Picked:
     """
     highest = largest(scores, top)
     if not bottom or len(highest) == len(scores):
-        return highest
+        return Picked(highest.tolist(), highest)
     lowest = scores.sort(stable=True).indices[:bottom]
     index = torch.cat([highest, lowest])
     numbers = index.tolist()

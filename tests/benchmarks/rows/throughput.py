@@ -29,8 +29,9 @@ GOAL = 15.0
 
 def measure(bench: Bench) -> Iterator[Row]:
     """Yield microseconds for each node: of the engine, of encoding, and of the whole service."""
-    model, spec = bench.model, TraceSpec(bench.shape.tokens(bench.shape.prompt))
-    events = list(trace(resolve_trace(model, spec), _go_on))
+    ids = bench.shape.tokens(bench.shape.prompt)
+    model, spec = bench.model, TraceSpec(ids)
+    events = [event for event in trace(resolve_trace(model, spec), _go_on) if event is not None]
     nodes = sum(len(event.nodes) for event in events if isinstance(event, LayerGraph))
 
     def encoded() -> list[bytes]:
@@ -44,7 +45,7 @@ def measure(bench: Bench) -> Iterator[Row]:
     taken = interleaved(
         {
             "engine": lambda: run_trace(model, spec),
-            "forward": lambda: bench.floors.forward(spec.prompt),
+            "forward": lambda: bench.floors.forward(ids),
             "encoding": encoded,
             "one caller": lambda: asyncio.run(_served(bench, 1)),
             "callers": lambda: asyncio.run(_served(bench, CALLERS)),
