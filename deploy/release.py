@@ -166,7 +166,13 @@ def write_sbom(environment: Environment, path: Path) -> int:
     """Write the SBOM of what the environment has installed; return the number of components."""
     command = ("environment", "--output-reproducible", "--of", "JSON", "--output-file", path)
     run(TOOLS / "cyclonedx-py", *command, environment.bin / "python")
-    components = json.loads(path.read_text())["components"]
+    bom = json.loads(path.read_text())
+    components = bom["components"]
+    for component in components:  # the wheel was installed from a path of this machine
+        references = component.get("externalReferences", [])
+        kept = [found for found in references if not found["url"].startswith("file:")]
+        component["externalReferences"] = kept
+    path.write_text(json.dumps(bom, indent=2) + "\n")
     if not any(component["name"] == "torch" for component in components):
         raise ReleaseError(f"{path.name} does not list torch")
     return len(components)
