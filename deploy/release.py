@@ -198,7 +198,7 @@ def check_clients(wheel: Path, version: str, pythons: dict[str, Path], folder: P
                 home = folder / f"client-{number}"
                 client = Environment.create(python, home, f"{wheel}[cli,analysis]")
                 answer = run(client.bin / "python", "-c", QUESTION, address, cwd=folder).strip()
-                models = run(client.bin / "januslens", "models", "--target", address, cwd=folder)
+                models = run(client.bin / "januslens", "models", "--server", address, cwd=folder)
                 if "Tokyo" not in answer or "READY" not in models:
                     raise ReleaseError(
                         f"Python {number}: unexpected answers {answer!r}, {models!r}"
