@@ -31,7 +31,7 @@ from tests.support.server import ServerProcess, running_server
 
 TOKEN = "a token of this test alone"  # noqa: S105 - used by this test only
 TOKENIZE = models_pb2.TokenizeRequest(text="Japan")
-TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"))
+TRACE = trace_pb2.TraceRequest(model="demo", input=prompt("The capital of Japan is"))
 OK, SPENT = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
