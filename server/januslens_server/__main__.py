@@ -31,9 +31,11 @@ def _run() -> None:
         logger.warning(warning)
     # Imported after the settings are valid, since torch takes seconds to import.
     from januslens_server.serving.process import run_process, stop_with_input  # noqa: PLC0415
-    from januslens_server.tuning import limit_spinning  # noqa: PLC0415
+    from januslens_server.tuning import limit_spinning, remove_tf32_overrides  # noqa: PLC0415
 
     limit_spinning()
+    for warning in remove_tf32_overrides():
+        logger.warning(warning)
     if settings.stop_with_input:
         stop_with_input()
     if settings.processes > 1:

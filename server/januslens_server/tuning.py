@@ -1,4 +1,4 @@
-"""Process-wide tuning of threads and memory, with the measured effect of each."""
+"""Process-wide tuning of threads and memory, with the measured effect of each, and TF32 off."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Iterations that an idle thread of GNU OpenMP, part of torch's wheels, spins before it sleeps. The
 # default of 300,000 takes 10 % of a trace's processor time, on a core that could project or encode.
@@ -24,6 +24,10 @@ MAPPED_BYTES = 2**20
 KEPT_BYTES = 4 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
+# Variables with which torch and NVIDIA's libraries multiply float32 matrices in TF32, which keeps
+# 10 of 23 bits.
+TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
+
 
 def limit_spinning() -> None:
     """Set the spin count, unless the environment sets one; call it before torch is imported."""
@@ -39,6 +43,28 @@ def map_large_blocks() -> None:
     if set_option is not None and not tuned:
         set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
         set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def remove_tf32_overrides() -> Iterator[str]:
+    """Remove variables that turn TF32 on, and return a warning for each.
+
+    Call it before torch is imported, because libraries read their variables when they start.
+    """
+    for name in TF32_VARIABLES:
+        if os.environ.get(name, "0") != "0":
+            value = os.environ.pop(name)
+            yield f"{name}={value} is ignored: float32 is computed in float32, not in TF32"
+
+
+def disable_tf32() -> None:
+    """Compute float32 products and convolutions in float32.
+
+    torch's default is TF32 for the convolutions of a GPU.
+    """
+    import torch  # noqa: PLC0415 - `limit_spinning` comes before the first import of torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def set_threads(threads: int | None, processes: int) -> None:

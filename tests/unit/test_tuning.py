@@ -1,4 +1,4 @@
-"""Process-wide tuning: OpenMP's spin count, threads of each process, garbage collections."""
+"""Process-wide tuning: OpenMP's spin count, TF32, threads of each process, garbage collections."""
 
 from __future__ import annotations
 
@@ -54,6 +54,46 @@ main()
         [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split() == ["False"], done.stderr
+
+
+OVERRIDDEN_TF32 = """
+import sys
+from januslens_server import tuning
+for warning in tuning.remove_tf32_overrides():
+    print(warning)
+assert "torch" not in sys.modules
+import torch
+print(torch.get_float32_matmul_precision())
+torch.set_float32_matmul_precision("high")
+tuning.disable_tf32()
+print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)
+print(torch.backends.cudnn.allow_tf32)
+"""
+
+
+def test_variables_that_turn_tf32_on_are_ignored_with_a_warning() -> None:
+    variables = {"NVIDIA_TF32_OVERRIDE": "1", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OVERRIDDEN_TF32],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ignored = "is ignored: float32 is computed in float32, not in TF32"
+    assert done.stdout.splitlines() == [
+        f"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 {ignored}",
+        f"NVIDIA_TF32_OVERRIDE=1 {ignored}",
+        "highest",
+        "highest False",
+        "False",
+    ]
+
+
+def test_variables_that_turn_tf32_off_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert list(tuning.remove_tf32_overrides()) == []
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 
 
 @pytest.fixture

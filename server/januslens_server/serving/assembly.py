@@ -84,6 +84,7 @@ class Assembly:
         """
         check_device(settings.device)
         tuning.map_large_blocks()
+        tuning.disable_tf32()
         tuning.set_threads(settings.threads, settings.processes)
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
