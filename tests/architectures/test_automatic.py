@@ -15,7 +15,7 @@ from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.resolve import resolve_gradient_lens, resolve_trace
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import GradientMatrix, LayerGraph, MatrixKind
+from januslens_server.results import NAMED_KINDS, GradientMatrix, LayerGraph
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec
 from tests.architectures.cases import CASES, LATENT, WITHOUT_ADAPTER, Case
 from tests.architectures.tiny_models import plain, resident
@@ -79,7 +79,7 @@ def test_family_without_an_adapter_is_mapped_exactly(case: Case) -> None:
     spec = GradientLensSpec(
         tuple(case.prompt),
         NegativeLogLikelihood((7,)),
-        matrices=tuple(MatrixKind),
+        matrices=NAMED_KINDS,
         components=0,
         include_factors=True,
     )

@@ -7,7 +7,7 @@ import torch
 
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.resolve import resolve_gradient_lens
-from januslens_server.results import GradientMatrix, MatrixKind
+from januslens_server.results import NAMED_KINDS, GradientMatrix
 from januslens_server.specs import GradientLensSpec, LensSpec, NegativeLogLikelihood
 from tests.architectures.cases import CASES, Case
 from tests.architectures.tiny_models import resident
@@ -21,7 +21,7 @@ def test_factors_are_the_dense_gradients(case: Case, data_type: torch.dtype) -> 
     spec = GradientLensSpec(
         tuple(case.prompt),
         NegativeLogLikelihood((7,)),
-        matrices=tuple(MatrixKind),
+        matrices=NAMED_KINDS,
         lens=LensSpec(0, 0),
         verify=True,
     )

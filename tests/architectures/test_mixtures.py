@@ -25,6 +25,7 @@ from januslens_server.pipelines.resolve import (
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
+    NAMED_KINDS,
     EdgeKind,
     GradientMatrix,
     LayerGraph,
@@ -206,7 +207,7 @@ def test_factors_are_the_dense_gradients_of_every_expert(
     spec = GradientLensSpec(
         tuple(case.prompt),
         NegativeLogLikelihood((TARGET,)),
-        matrices=tuple(MatrixKind),
+        matrices=NAMED_KINDS,
         components=0,
         include_factors=True,
         interventions=changes,

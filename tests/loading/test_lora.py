@@ -26,7 +26,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.resolve import resolve_gradient_lens
 from januslens_server.pipelines.self_check import checked
-from januslens_server.results import GradientMatrix, MatrixKind, ModelState, Token
+from januslens_server.results import NAMED_KINDS, GradientMatrix, MatrixKind, ModelState, Token
 from januslens_server.rpc.encode import GradientLensEncoder
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood
 from tests.architectures.cases import CASES, Case
@@ -147,7 +147,7 @@ def test_factors_of_a_and_b_are_their_gradients(case: Case, tmp_path: Path) -> N
     spec = GradientLensSpec(
         tuple(case.prompt),
         NegativeLogLikelihood((TARGET,)),
-        matrices=tuple(MatrixKind),
+        matrices=NAMED_KINDS,
         components=0,
         include_factors=True,
         verify=True,

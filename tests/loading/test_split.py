@@ -23,7 +23,7 @@ from januslens_server.pipelines.resolve import (
 )
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import GradientMatrix, MatrixKind
+from januslens_server.results import NAMED_KINDS, GradientMatrix
 from januslens_server.specs import (
     DescentStep,
     ForwardShift,
@@ -124,7 +124,7 @@ def test_gradients_are_the_same_and_verified(pair: Pair) -> None:
     spec = GradientLensSpec(
         prompt=pair.ids,
         loss=NegativeLogLikelihood((5, 7)),
-        matrices=tuple(MatrixKind),
+        matrices=NAMED_KINDS,
         neurons=3,
         include_factors=True,
         verify=True,

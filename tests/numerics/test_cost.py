@@ -34,7 +34,7 @@ from januslens_server.pipelines.resolve import (
     resolve_trace,
 )
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import LayerGraph, MatrixKind, NodeKind
+from januslens_server.results import NAMED_KINDS, LayerGraph, NodeKind
 from januslens_server.rpc.encode import (
     GenerateEncoder,
     GradientLensEncoder,
@@ -126,7 +126,7 @@ SPECS: dict[str, TraceSpec | GradientLensSpec | GenerateSpec] = {
     "gradient of the top layer": GradientLensSpec(ids(25), NLL, layers=(1,)),
     "gradient": GradientLensSpec(ids(8), NLL),
     "every factor": GradientLensSpec(
-        ids(25), NLL, matrices=tuple(MatrixKind), components=0, include_factors=True
+        ids(25), NLL, matrices=NAMED_KINDS, components=0, include_factors=True
     ),
     "spectrum and neurons": GradientLensSpec(ids(25), NLL, spectrum_rank=5, neurons=10),
     "verified": GradientLensSpec(ids(8), NLL, verify=True),

@@ -13,7 +13,7 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.resolve import resolve_gradient_lens
-from januslens_server.results import GradientMatrix, GradientSummary, MatrixKind
+from januslens_server.results import NAMED_KINDS, GradientMatrix, GradientSummary, MatrixKind
 from januslens_server.specs import GradientLensSpec, LensKind, LensSpec, NegativeLogLikelihood, Span
 from tests.reference.examples import EXAMPLES, LoadExample, prompt
 from tests.reference.model import ReferenceModel
@@ -202,7 +202,7 @@ def test_a_subject_outside_the_prompt_is_refused(span: Span, load_example: LoadE
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_verify_reports_a_held_error_for_every_matrix(name: str, load_example: LoadExample) -> None:
-    kinds = tuple(MatrixKind)
+    kinds = NAMED_KINDS
     spec = GradientLensSpec(
         tuple(prompt(name, 5)), NegativeLogLikelihood((TARGET,)), matrices=kinds, verify=True
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from januslens_server.results import End, GradientMatrix, MatrixKind, Side
+from januslens_server.results import NAMED_KINDS, End, GradientMatrix, MatrixKind, Side
 from januslens_server.specs import (
     GradientLensSpec,
     KlDivergence,
@@ -48,7 +48,7 @@ def factorised(
     spec = GradientLensSpec(
         tuple(ids),
         loss,
-        matrices=tuple(MatrixKind),
+        matrices=NAMED_KINDS,
         lens=LensSpec(top_k=6, bottom_k=4, kind=kind),
         components=0,
         include_factors=True,
@@ -146,7 +146,7 @@ def test_matrices_come_from_the_last_layer_down(name: str, load_example: LoadExa
     assert layers == sorted(layers, reverse=True)
     kinds = kinds_of(loaded.network)
     assert {kind for _, kind in found.matrices} == kinds
-    absent = set(MatrixKind) - kinds
+    absent = set(NAMED_KINDS) - kinds
     assert set(found.header.skipped) == absent - {MatrixKind.FF1}
 
 

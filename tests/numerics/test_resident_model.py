@@ -18,7 +18,7 @@ from januslens_server.pipelines.resolve import (
     resolve_trace,
 )
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import MatrixKind
+from januslens_server.results import NAMED_KINDS
 from januslens_server.specs import (
     DescentStep,
     ForwardShift,
@@ -58,7 +58,7 @@ def assert_untouched(resident: ResidentModel, before: dict[str, torch.Tensor]) -
 def requests(
     resident: ResidentModel, ids: tuple[int, ...], check_cancelled: CancelCheck
 ) -> Iterator[Iterator[object]]:
-    kinds = tuple(MatrixKind)
+    kinds = NAMED_KINDS
     yield trace(resolve_trace(resident, TraceSpec(ids, all_positions=True)), check_cancelled)
     verified = GradientLensSpec(ids, NegativeLogLikelihood((7,)), verify=True)
     yield gradient_lens(resolve_gradient_lens(resident, verified), check_cancelled)

@@ -23,7 +23,7 @@ from januslens_server.pipelines.resolve import (
     resolve_trace,
 )
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import MatrixKind
+from januslens_server.results import NAMED_KINDS
 from januslens_server.specs import (
     FindNeuronsSpec,
     GradientLensSpec,
@@ -101,7 +101,7 @@ REQUESTS: dict[str, Request] = {
             GradientLensSpec(
                 IDS,
                 NegativeLogLikelihood((7,)),
-                tuple(MatrixKind),
+                NAMED_KINDS,
                 spectrum_rank=3,
                 neurons=4,
                 learning_rate=0.1,

@@ -19,7 +19,7 @@ from januslens_server.pipelines.resolve import (
     resolve_trace,
 )
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import MatrixKind
+from januslens_server.results import NAMED_KINDS
 from januslens_server.specs import (
     DescentStep,
     FindNeuronsSpec,
@@ -54,7 +54,7 @@ def requests(name: str) -> dict[str, Request]:
             go_on,
         ),
         "gradient": lambda m: gradient_lens(
-            resolve_gradient_lens(m, GradientLensSpec(ids, loss, tuple(MatrixKind), verify=True)),
+            resolve_gradient_lens(m, GradientLensSpec(ids, loss, NAMED_KINDS, verify=True)),
             go_on,
         ),
         "descent": lambda m: preview_edit(

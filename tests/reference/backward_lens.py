@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from januslens_server.results import Components, Floats, GradientMatrix, MatrixKind, Side
+from januslens_server.results import (
+    NAMED_KINDS,
+    Components,
+    Floats,
+    GradientMatrix,
+    MatrixKind,
+    Side,
+)
 from januslens_server.specs import GradientLensSpec, LensKind, LensSpec, NegativeLogLikelihood
 from tests.reference.goldens import Golden, assert_same_ids
 from tests.reference.gradients import Factorised
@@ -57,7 +64,7 @@ def spec_of(golden: Golden, lens: LensKind) -> GradientLensSpec:
     return GradientLensSpec(
         tuple(golden.data["input_ids"]),
         NegativeLogLikelihood((golden.data["target_id"],)),
-        matrices=tuple(MatrixKind),
+        matrices=NAMED_KINDS,
         lens=LensSpec(5, 5, lens),
         components=0,
         include_factors=True,

@@ -64,6 +64,7 @@ from januslens_server.results.unary import (
     ModelStatus,
 )
 from januslens_server.results.values import (
+    NAMED_KINDS,
     EdgeKind,
     End,
     Flags,
@@ -85,6 +86,7 @@ from januslens_server.results.values import (
 )
 
 __all__ = [
+    "NAMED_KINDS",
     "ActivationsEvent",
     "ActivationsHeader",
     "ActivationsSummary",

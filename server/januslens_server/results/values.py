@@ -80,6 +80,10 @@ class MatrixKind(IntEnum):
     MODULE = 9
 
 
+# The kinds that a request can name.
+NAMED_KINDS = tuple(kind for kind in MatrixKind if kind is not MatrixKind.MODULE)
+
+
 class Side(IntEnum):
     """The factor of a gradient that is in the residual basis and is projected."""
 
