@@ -191,11 +191,18 @@ def test_a_page_and_json_exclude_each_other(tmp_path: Path) -> None:
     assert "--json and --html are both given; give only one of them" in result.stderr
 
 
-@pytest.mark.usefixtures("demo")
-def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    result = run("trace", PROMPT, "--html", str(tmp_path / "nowhere" / "trace.html"))
+@pytest.mark.parametrize("command", [["trace", "--html"], ["activations", "--out"]])
+def test_a_file_in_a_missing_folder_is_refused_before_the_request(
+    command: list[str], tmp_path: Path
+) -> None:
+    unused = ["--server", "127.0.0.1:1"]  # no server answers there
+    result = run(*command, str(tmp_path / "nowhere" / "file"), PROMPT, *unused)
     assert result.exit_code == 2
     assert "nowhere' does not exist" in result.stderr
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_page_that_cannot_be_written_is_an_error() -> None:
     full = run("trace", PROMPT, "--html", "/dev/full")
     assert full.exit_code == 1
     assert "No space left on device" in full.stderr

@@ -18,6 +18,7 @@ from januslens.arguments import Chat, Prompt
 from januslens.cli.options import (
     COUNT,
     estimate_option,
+    file_option,
     given,
     layer_list,
     lens_option,
@@ -339,12 +340,7 @@ def _projections_table(projections: list[Projection]) -> Table:
     "--experts", callback=layer_list, help="Routed experts, for example 0-3,7; default: all."
 )
 @click.option("--float32", is_flag=True, help="Convert the values to float32.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    metavar="FILE",
-    help="Write the tensors to this safetensors file.",
-)
+@file_option("--out", "Write the tensors to this safetensors file.")
 @model_option
 @estimate_option
 @with_client

@@ -425,7 +425,8 @@ def _in_existing_folder(
     return path
 
 
-def _file_option(name: str, shown: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def file_option(name: str, shown: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return an option for a file to write, whose folder must exist."""
     return click.option(
         name,
         type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -435,11 +436,11 @@ def _file_option(name: str, shown: str) -> Callable[[Callable[..., Any]], Callab
     )
 
 
-page_option = _file_option("--html", "Also write the result as a self-contained HTML page.")
-out_option = _file_option(
+page_option = file_option("--html", "Also write the result as a self-contained HTML page.")
+out_option = file_option(
     "--out", "Also save the result to this file, which `januslens open` shows."
 )
-export_option = _file_option(
+export_option = file_option(
     "--export",
     "Also write the flow graph to this file: .graphml, .gexf, or .json for node-link JSON.",
 )
