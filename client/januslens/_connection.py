@@ -228,6 +228,19 @@ def checked_timeout(timeout: Any) -> float | None:
     return float(timeout) if timeout < _LONGEST_TIMEOUT else None
 
 
+# Shortest and longest seconds between two questions whether a model is loaded.
+_SHORTEST_POLL, _LONGEST_POLL = 0.2, 5.0
+
+
+def poll_seconds(waited: float) -> float:
+    """Return how long to wait before asking again whether a model is loaded.
+
+    It is a tenth of the seconds `waited` so far: the server logs a line for every question, and
+    large models load for many minutes.
+    """
+    return min(_LONGEST_POLL, max(_SHORTEST_POLL, waited / 10))
+
+
 def is_loopback(address: str) -> bool:
     """Whether all hosts of a gRPC address, such as `dns:///localhost:50051`, are loopback."""
     scheme, separator, rest = address.partition(":")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from januslens.results.graph import Node, Part
     from januslens.results.intervene import Prediction
     from januslens.results.matrices import Matrix
-    from januslens.results.models import LayerLevel, Provenance
+    from januslens.results.models import LayerLevel, Model, Provenance
     from januslens.results.tokens import Token
     from januslens.results.trace import LayerGraph, PositionTarget, Trace
 
@@ -280,6 +280,13 @@ def model_name(provenance: Provenance) -> str:
         f"{provenance.model} ({provenance.architecture}, {provenance.data_type} on "
         f"{provenance.device}), revision {provenance.revision[:12]}"
     )
+
+
+def loading_step(model: Model) -> str:
+    """Describe how far a LOADING model is: `42 %`, or `checking` when its weights are read."""
+    if model.loaded_fraction >= 1:
+        return "checking"
+    return f"{math.floor(100 * model.loaded_fraction)} %"
 
 
 def written_tokens(node: Node) -> tuple[Token, ...]:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from januslens._presentation import loading_step
 from januslens.client import Client
 from januslens.errors import LaunchError, Unavailable
 
@@ -122,7 +123,7 @@ def _wait_for_models(
             if all(model.state == "READY" for model in models):
                 return
             loading = ", ".join(
-                f"{model.name} {model.loaded_fraction:.0%}"
+                f"{model.name}: {loading_step(model)}"
                 for model in models
                 if model.state == "LOADING"
             )

@@ -29,7 +29,7 @@ from januslens import (
     Unavailable,
     Unimplemented,
 )
-from januslens._connection import is_loopback
+from januslens._connection import is_loopback, poll_seconds
 from januslens.v1 import models_pb2
 from tests.client import messages
 from tests.client.messages import trace_stream
@@ -470,3 +470,8 @@ def test_call_to_loopback_bypasses_the_proxy(
     monkeypatch.setenv(variable, "http://127.0.0.1:1")
     with serving(Script(pages=PAGES)) as address, Client(address) as client:
         assert len(client.list_models(timeout=20)) == 2
+
+
+@pytest.mark.parametrize(("waited", "seconds"), [(0.0, 0.2), (20.0, 2.0), (3600.0, 5.0)])
+def test_a_model_that_loads_for_long_is_asked_for_less_often(waited: float, seconds: float) -> None:
+    assert poll_seconds(waited) == pytest.approx(seconds)

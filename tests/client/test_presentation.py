@@ -10,6 +10,8 @@ import pytest
 
 from januslens import NodeKind
 from januslens import _presentation as presentation
+from januslens.results.models import Model
+from januslens.v1 import models_pb2
 from tests.client import presentation_fixtures as fixtures
 
 
@@ -205,3 +207,11 @@ def test_a_gradient_has_its_components_largest_first() -> None:
 def test_fixtures_are_plain_json() -> None:
     for path in fixtures.FOLDER.iterdir():
         json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"), [(0.0, "0 %"), (0.425, "42 %"), (0.999, "99 %"), (1.0, "checking")]
+)
+def test_a_model_whose_weights_are_read_is_being_checked(fraction: float, text: str) -> None:
+    model = Model.from_message(models_pb2.Model(loaded_fraction=fraction))
+    assert presentation.loading_step(model) == text

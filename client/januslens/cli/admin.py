@@ -6,12 +6,11 @@ import time
 
 import click
 
+from januslens._connection import poll_seconds
+from januslens._presentation import loading_step
 from januslens.cli.options import with_client
 from januslens.client import Client
 from januslens.results.models import Model
-
-# Seconds between two looks at a model that loads.
-POLL_SECONDS = 0.5
 
 
 @click.group()
@@ -34,10 +33,11 @@ def load(
     model is loaded; exits with 1 if it FAILED.
     """
     model = client.load_model(name, source, revision=revision)
+    started = time.monotonic()
     while model.state == "LOADING" and not no_wait:
         if not as_json:
-            click.echo(f"\r{name} LOADING {model.loaded_fraction:.0%}", nl=False, err=True)
-        time.sleep(POLL_SECONDS)
+            click.echo(f"\r{name} LOADING: {loading_step(model):8}", nl=False, err=True)
+        time.sleep(poll_seconds(time.monotonic() - started))
         model = client.model(name)
         if not as_json and model.state != "LOADING":
             click.echo(err=True)

@@ -109,10 +109,10 @@ def models_list(models: Sequence[Model]) -> Table:
 
 
 def _state(model: Model) -> str:
-    """The state, and how much of the loading is done."""
+    """The state, and how far the loading is."""
     if model.state != "LOADING":
         return model.state
-    return f"{model.state} {model.loaded_fraction:.0%}"
+    return f"{model.state}: {presentation.loading_step(model)}"
 
 
 def _weights(model: Model) -> str:

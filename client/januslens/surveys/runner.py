@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from januslens._connection import Connection
+from januslens._connection import Connection, poll_seconds
 from januslens.aio_calls import AsyncCalls
 from januslens.assemblers import (
     ActivationsAssembler,
@@ -214,9 +214,10 @@ async def ready_model(servers: Sequence[SurveyCalls], name: str, patience: float
         ValueError: There is no such model, or there are several and none is named.
         JanuslensError: No server can be reached in time, or the model is not loaded in time.
     """
-    deadline, attempts = time.monotonic() + patience, 0
+    started, attempts = time.monotonic(), 0
     while True:
-        late = time.monotonic() >= deadline
+        waited = time.monotonic() - started
+        late = waited >= patience
         try:
             models = await servers[attempts % len(servers)].models(name)
         except Unavailable:
@@ -234,7 +235,7 @@ async def ready_model(servers: Sequence[SurveyCalls], name: str, patience: float
                 kind, details = _NOT_READY[model.state]
                 raise kind(f"model {model.name!r} is not ready: {reason}", details)
         attempts += 1
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(poll_seconds(waited))
 
 
 @dataclass
