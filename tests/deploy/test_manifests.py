@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import jsonschema
@@ -329,6 +330,29 @@ def test_downloads_are_allowed_only_with_the_hub_component(manifests: Manifests)
     policies = {policy["metadata"]["name"] for policy in manifests.of_kind("NetworkPolicy")}
     offline = manifests.environment({})["HF_HUB_OFFLINE"]
     assert offline == ("0" if "januslens-hub" in policies else "1")
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed"),
+    [
+        ("198.51.100.7", True),
+        ("2001:db8::7", True),
+        ("169.254.169.254", False),  # metadata of most clouds
+        ("fd00:ec2::254", False),  # of AWS
+        ("fd20:ce::254", False),  # of Google Cloud
+        ("fe80::1", False),
+    ],
+)
+def test_downloads_reach_every_address_but_metadata_services(address: str, allowed: bool) -> None:
+    policy = yaml.safe_load((COMPONENTS / "hub" / "networkpolicy.yaml").read_text())
+    (https,) = (r for r in policy["spec"]["egress"] if [p["port"] for p in r["ports"]] == [443])
+    ranges = [peer["ipBlock"] for peer in https["to"]]
+    found = ip_address(address)
+    assert allowed == any(
+        found in ip_network(block["cidr"])
+        and not any(found in ip_network(excepted) for excepted in block["except"])
+        for block in ranges
+    )
 
 
 def test_service_links_are_disabled(
