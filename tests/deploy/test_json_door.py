@@ -207,7 +207,8 @@ def test_other_requests_are_refused(door: Door, rpc: str, request_body: Any, sta
 
 
 def test_only_the_service_is_reachable(door: Door) -> None:
-    paths = ("grpc.health.v1.Health/Check", "", f"{SERVICE}/../other", "stats")
+    admin = "januslens.v1.AdminService/LoadModel"
+    paths = (admin, "grpc.health.v1.Health/Check", "", f"{SERVICE}/../other", "stats")
     for path in paths:
         command = ["curl", "--silent", "--output", "-", "--write-out", "%{http_code}"]
         done = subprocess.run(
