@@ -89,9 +89,9 @@ def count(value: int) -> str:
 
 
 def level_sentences(levels: Sequence[LayerLevel]) -> list[str]:
-    """Say of layers below the level PARTS what is shown of them, and why it is not everything.
+    """Describe what is shown of layers below the level PARTS, and why not all parts are.
 
-    Layers of which the same is shown share a sentence, with the reason of the first of them:
+    Layers that show the same share a sentence, with the reason of the first of them:
     `layers 0 to 3, 5: residual stream, mlp (MLP) only (...)`.
     """
     layers: dict[str, list[LayerLevel]] = {}

@@ -347,7 +347,7 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
         ({"settings": {"attention.head_count": "4"}}, "expected a number"),
         (
             {"further": {"rope_freqs.weight": np.arange(1, 5, dtype=np.float32)}},
-            "tensors that are not read: rope_freqs.weight as Llama 3's",
+            "rope_freqs.weight with other divisors than those of Llama 3",
         ),
         ({"tokenizer": {"pre": "novel"}}, "splits texts as 'novel', which is not known"),
         ({"tokenizer": {"model": "t5"}}, "tokenizer 't5' is not read"),

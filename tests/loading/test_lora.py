@@ -284,7 +284,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Pairs], Pairs], str]] = {
     ),
     "an unknown module": (
         {}, lambda p: extended(p, "model.layers.9.mlp.up_proj", [3, 32], [40, 3]),
-        "changes 'model.layers.9.mlp.up_proj', which is no linear map",
+        "changes 'model.layers.9.mlp.up_proj', which is not a linear map",
     ),
     "the output head": (
         {}, lambda p: extended(p, "lm_head", [3, 32], [120, 3]), "changes 'lm_head', which is no"
@@ -297,7 +297,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Pairs], Pairs], str]] = {
         {}, lambda p: p | {"model.layers.0.mlp.up_proj": (torch.full((3, 32), torch.nan),
         torch.zeros(40, 3))}, "infinite or NaN",
     ),
-    "no weights": ({}, lambda _: {}, "holds no weights"),
+    "no weights": ({}, lambda _: {}, "has no weights"),
 }  # fmt: skip
 
 
@@ -322,7 +322,9 @@ def test_other_weights_and_missing_files_are_refused(base: ResidentModel, tmp_pa
     folder = write(tmp_path / "lora", pairs_of(LLAMA))
     path = folder / "adapter_model.safetensors"
     save_file({"base_model.model.lm_head.weight": torch.ones(2, 2)}, path)
-    with pytest.raises(ModelFailed, match=r"no LoRA matrices of linear maps: base_model\.model\.l"):
+    with pytest.raises(
+        ModelFailed, match=r"not LoRA matrices of linear maps: base_model\.model\.l"
+    ):
         load_lora("tuned", folder, base)
     save_file({"base_model.model.a.lora_A.weight": torch.ones(2, 2)}, path)
     with pytest.raises(ModelFailed, match="expected A and B of every module"):

@@ -394,7 +394,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str
         "4-bit groups", {"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "or sparse ones"
     ),
     "codes that are not there": (
-        "block FP8", {"quant_method": "mxfp4"}, {}, "describes MXFP4, but no tensor is stored so"
+        "block FP8", {"quant_method": "mxfp4"}, {}, "describes MXFP4, but no tensor has this scheme"
     ),
 }  # fmt: skip
 

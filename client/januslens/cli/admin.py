@@ -27,10 +27,10 @@ def admin() -> None:
 def load(
     client: Client, as_json: bool, /, *, name: str, source: str, revision: str, no_wait: bool
 ) -> None:
-    """Load a model as NAME from SOURCE: a path on the server, or a hub id.
+    """Load the model SOURCE as NAME.
 
-    The operator lists the allowed folders and hub ids with the server's --loadable. Waits until the
-    model is loaded; exits with 1 if it FAILED.
+    SOURCE is an absolute path on the server, or a hub id. The server's --loadable lists the allowed
+    folders and hub ids. Waits until the model is loaded; exits with 1 if it is FAILED.
     """
     model = client.load_model(name, source, revision=revision)
     started = time.monotonic()
@@ -51,7 +51,7 @@ def load(
 @click.argument("name")
 @with_client
 def unload(client: Client, as_json: bool, /, *, name: str) -> None:
-    """Remove the model NAME, and wait until its requests have finished."""
+    """Unload the model NAME, after its running requests."""
     client.unload_model(name)
     if not as_json:
         click.echo(f"{name} unloaded")

@@ -35,9 +35,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def compare(*, before: Path, after: Path, rows: int, html: Path | None) -> None:
     """Compare the traces in BEFORE and AFTER.
 
-    Both files were written by `januslens trace --out`: for one prompt on two models, or for two
-    prompts on one. Prompts of different lengths are aligned by the tokens at the start and at the
-    end that both have. No server is needed.
+    Both are files of `januslens trace --out`: of one prompt on two models, or of two prompts on one
+    model. Prompts of different lengths are aligned by their equal tokens at the start and at the
+    end. No server is needed.
     """
     traces = [_trace(file) for file in (before, after)]
     compared = traces[0].compare(traces[1], positions=_aligned(*traces))

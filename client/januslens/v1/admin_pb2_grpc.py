@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class AdminServiceStub(object):
     """Changes the models of a running server, for operators. PERMISSION_DENIED for callers without the
-    scope `admin`, and on a server without callers unless the operator allows models to be loaded.
+    scope `admin`. A server without a callers' file permits the calls if its `--loadable` is set.
     Errors have the details that IntrospectionService describes.
     """
 
@@ -51,7 +51,7 @@ class AdminServiceStub(object):
 
 class AdminServiceServicer(object):
     """Changes the models of a running server, for operators. PERMISSION_DENIED for callers without the
-    scope `admin`, and on a server without callers unless the operator allows models to be loaded.
+    scope `admin`. A server without a callers' file permits the calls if its `--loadable` is set.
     Errors have the details that IntrospectionService describes.
     """
 
@@ -59,7 +59,8 @@ class AdminServiceServicer(object):
         """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
         Has no effect if the model is already loading or READY from the same source; a FAILED model is
         loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-        operator does not allow; ALREADY_EXISTS if the name has another source.
+        operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
+        being unloaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -67,8 +68,9 @@ class AdminServiceServicer(object):
 
     def UnloadModel(self, request, context):
         """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
-        finished and the memory is free. If the deadline passes before, the model is removed all the
-        same. NOT_FOUND for an unknown name; UNAVAILABLE while the model loads.
+        finished and the memory is free. The model is also removed if the deadline passes first.
+        NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
+        is the base of a LoRA, which must be unloaded first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +99,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
     """Changes the models of a running server, for operators. PERMISSION_DENIED for callers without the
-    scope `admin`, and on a server without callers unless the operator allows models to be loaded.
+    scope `admin`. A server without a callers' file permits the calls if its `--loadable` is set.
     Errors have the details that IntrospectionService describes.
     """
 

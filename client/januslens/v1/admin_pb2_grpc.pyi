@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class AdminServiceStub:
     """Changes the models of a running server, for operators. PERMISSION_DENIED for callers without the
-    scope `admin`, and on a server without callers unless the operator allows models to be loaded.
+    scope `admin`. A server without a callers' file permits the calls if its `--loadable` is set.
     Errors have the details that IntrospectionService describes.
     """
 
@@ -40,18 +40,20 @@ class AdminServiceStub:
     """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
     Has no effect if the model is already loading or READY from the same source; a FAILED model is
     loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-    operator does not allow; ALREADY_EXISTS if the name has another source.
+    operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
+    being unloaded.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]
     """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
-    finished and the memory is free. If the deadline passes before, the model is removed all the
-    same. NOT_FOUND for an unknown name; UNAVAILABLE while the model loads.
+    finished and the memory is free. The model is also removed if the deadline passes first.
+    NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
+    is the base of a LoRA, which must be unloaded first.
     """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
     """Changes the models of a running server, for operators. PERMISSION_DENIED for callers without the
-    scope `admin`, and on a server without callers unless the operator allows models to be loaded.
+    scope `admin`. A server without a callers' file permits the calls if its `--loadable` is set.
     Errors have the details that IntrospectionService describes.
     """
 
@@ -60,17 +62,19 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
     Has no effect if the model is already loading or READY from the same source; a FAILED model is
     loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-    operator does not allow; ALREADY_EXISTS if the name has another source.
+    operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
+    being unloaded.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
-    finished and the memory is free. If the deadline passes before, the model is removed all the
-    same. NOT_FOUND for an unknown name; UNAVAILABLE while the model loads.
+    finished and the memory is free. The model is also removed if the deadline passes first.
+    NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
+    is the base of a LoRA, which must be unloaded first.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Changes the models of a running server, for operators. PERMISSION_DENIED for callers without the
-    scope `admin`, and on a server without callers unless the operator allows models to be loaded.
+    scope `admin`. A server without a callers' file permits the calls if its `--loadable` is set.
     Errors have the details that IntrospectionService describes.
     """
 
@@ -83,7 +87,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
         Has no effect if the model is already loading or READY from the same source; a FAILED model is
         loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-        operator does not allow; ALREADY_EXISTS if the name has another source.
+        operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
+        being unloaded.
         """
 
     @_abc_1.abstractmethod
@@ -93,8 +98,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.UnloadModelResponse, _abc.Awaitable[_admin_pb2.UnloadModelResponse]]:
         """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
-        finished and the memory is free. If the deadline passes before, the model is removed all the
-        same. NOT_FOUND for an unknown name; UNAVAILABLE while the model loads.
+        finished and the memory is free. The model is also removed if the deadline passes first.
+        NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
+        is the base of a LoRA, which must be unloaded first.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

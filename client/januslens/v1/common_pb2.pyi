@@ -113,8 +113,8 @@ class _SublayerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sublayer
     """Another way of mixing positions."""
 
 class SublayerKind(_SublayerKind, metaclass=_SublayerKindEnumTypeWrapper):
-    """What a sublayer is, as far as it is known. MLP and EXPERTS are measured: the result at a position
-    depends on no other position. The other kinds are read from the module's class.
+    """What a sublayer is. MLP and EXPERTS are measured: their result at a position does not depend on
+    other positions. The other kinds are read from the module's class.
     """
 
 SUBLAYER_KIND_UNSPECIFIED: SublayerKind.ValueType  # 0

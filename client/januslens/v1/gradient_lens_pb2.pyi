@@ -607,7 +607,7 @@ class GradientHeader(_message.Message):
 
     @_builtins.property
     def layers_without_attention_gradients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The requested layers of which no attention gradients are sent, ascending: those below
+        """The requested layers without attention gradients, ascending: those below
         LEVEL_PARTS, and those with latent attention. Empty unless the request includes them.
         """
 
@@ -672,8 +672,8 @@ class GradientMatrix(_message.Message):
     d_out: _builtins.int
     """Columns of W; width of delta."""
     projected_side: Global___GradientFactor.ValueType
-    """The factor that is in the residual basis and is projected. Unspecified for a module of which
-    neither is: its components have no projections, and `other_side` is that of delta.
+    """The factor that is in the residual basis and is projected. Unspecified for a module that has no
+    factor in the residual basis: its components have no projections, and `other_side` is delta's.
     """
     promoted_end: Global___RankingEnd.ValueType
     """The end of the projections with the tokens that a descent step promotes."""
@@ -754,7 +754,7 @@ class LoraGradient(_message.Message):
     """The gradients of a LoRA's matrices A [rank, d_in] and B [d_out, rank], with
     y = x W_base + scale (x A^T) B^T. dL/dA = sum_i a_i^T x_i with a_i = scale delta_i B, and
     dL/dB = sum_i delta_i^T b_i with b_i = scale x_i A^T. Of a fused module, such as GPT-2's for Q, K
-    and V, dL/dA is the part that passes through this matrix.
+    and V, dL/dA is only the part of the gradient that passes through this matrix.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -60,8 +60,9 @@ class _SiteEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Site.ValueType],
     SITE_LOGITS: _Site.ValueType  # 16
     """The model's own logits, [vocab_size]. Have no layer."""
     SITE_MIXER_OUTPUT: _Site.ValueType  # 17
-    """What a sublayer that is neither attention nor MLP adds to the residual stream, [d_model]. Layers
-    of LEVEL_SUBLAYERS that have one such sublayer; likewise ATTENTION_OUTPUT and MLP_OUTPUT there.
+    """What a sublayer other than attention and MLP adds to the residual stream, [d_model]. Only in
+    layers of LEVEL_SUBLAYERS with exactly one such sublayer; in these layers, ATTENTION_OUTPUT and
+    MLP_OUTPUT also need exactly one sublayer of their kind.
     """
 
 class Site(_Site, metaclass=_SiteEnumTypeWrapper):
@@ -108,7 +109,8 @@ SITE_FINAL_NORM: Site.ValueType  # 15
 SITE_LOGITS: Site.ValueType  # 16
 """The model's own logits, [vocab_size]. Have no layer."""
 SITE_MIXER_OUTPUT: Site.ValueType  # 17
-"""What a sublayer that is neither attention nor MLP adds to the residual stream, [d_model]. Layers
-of LEVEL_SUBLAYERS that have one such sublayer; likewise ATTENTION_OUTPUT and MLP_OUTPUT there.
+"""What a sublayer other than attention and MLP adds to the residual stream, [d_model]. Only in
+layers of LEVEL_SUBLAYERS with exactly one such sublayer; in these layers, ATTENTION_OUTPUT and
+MLP_OUTPUT also need exactly one sublayer of their kind.
 """
 Global___Site: _TypeAlias = Site  # noqa: Y015

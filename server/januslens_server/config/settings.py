@@ -257,7 +257,7 @@ class ServerSettings(BaseSettings):
     )
     load_stall_seconds: float = _setting(
         600.0,
-        "Loading without progress for this long ends the health of januslens.live.",
+        "Report januslens.live as NOT_SERVING if loading makes no progress for this long.",
         "SECONDS",
         gt=0,
     )

@@ -58,7 +58,7 @@ def _ordered(
 
 
 def _by_key(rows: torch.Tensor, count: int, *, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the extremes by keys that differ, so that ties need no second look."""
+    """Find the extremes by keys that differ, so that ties need no extra search."""
     width = rows.shape[1]
     if 2 * count * BLOCK > width:
         ids = _first(rows, count, largest=largest)

@@ -342,15 +342,15 @@ def _rotary(header: GGUFHeader, scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _llama_3(header: GGUFHeader) -> dict[str, Any]:
-    """Return Llama 3's parameters, if they give the file's divisors of frequencies.
+    """Return Llama 3's rotary parameters; refuse a file with other divisors of frequencies.
 
     With the wavelength w of a frequency, the factor f and the original context c, the divisor is
     1 for w < c / 4, f for w > c, and between them 1 / ((1 - t) / f + t) with t = (c / w - 1) / 3
     (Llama 3.1's `apply_scaling`; the converters of llama.cpp store the divisors).
     """
-    tensor, refused = header.tensors[FREQUENCIES], f"tensors that are not read: {FREQUENCIES}"
+    tensor = header.tensors[FREQUENCIES]
     if header.architecture != "llama" or tensor.kind != "F32" or len(tensor.shape) != 1:
-        raise ModelFailed(f"the file has {refused}; {ADVICE}")
+        raise ModelFailed(f"the file has tensors that are not read: {FREQUENCIES}; {ADVICE}")
     content = np.memmap(header.path, np.uint8, "r")
     stored = content[tensor.start : tensor.start + tensor.n_bytes].view("<f4").astype(np.float64)
     base = float(header.metadata.get("llama.rope.freq_base", 1e4))
@@ -360,7 +360,9 @@ def _llama_3(header: GGUFHeader) -> dict[str, Any]:
     low, high = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"]
     between = np.clip((context / wavelengths - low) / (high - low), 0, 1)
     if not np.allclose(stored, 1 / ((1 - between) / factor + between), rtol=1e-5, atol=0):
-        raise ModelFailed(f"the file has {refused} as Llama 3's; {ADVICE}")
+        raise ModelFailed(
+            f"the file has {FREQUENCIES} with other divisors than those of Llama 3; {ADVICE}"
+        )
     return {**LLAMA_3, "factor": factor}
 
 

@@ -75,7 +75,7 @@ IGNORED = {
     "target_modules",
     "task_type",
 }
-# Ways to draw A and B that leave the base's weights as they are. Others change them.
+# Initialisations of A and B that do not change the base's weights, as others do.
 HARMLESS_DRAWS = {True, False, "eva", "gaussian", "orthogonal"}
 LITERAL = re.compile(r"[\w.]+")
 
@@ -148,12 +148,12 @@ def read_lora(folder: Path, limit: int) -> Lora:
     names = {key: _module_name(key) for key in tensors}
     if unknown := sorted(key for key, name in names.items() if name is None):
         raise ModelFailed(
-            f"{WEIGHTS} has weights that are no LoRA matrices of linear maps: "
+            f"{WEIGHTS} has weights that are not LoRA matrices of linear maps: "
             f"{shortlist(unknown)}; merge the LoRA into the model's weights"
         )
     modules = sorted({name for name in names.values() if name is not None})
     if not modules:
-        raise ModelFailed(f"{WEIGHTS} holds no weights")
+        raise ModelFailed(f"{WEIGHTS} has no weights: expected A and B of some linear maps")
     pairs = {module: _pair(module, tensors, described) for module in modules}
     digest = hashlib.sha256()
     for file in (ADAPTER, WEIGHTS):
@@ -247,7 +247,7 @@ def _adapted(base: ResidentModel, lora: Lora) -> Any:
         module = _submodule(network, name)
         if module is None or module is head or type(module) not in {nn.Linear, Conv1D}:
             raise ModelFailed(
-                f"the LoRA changes {name!r}, which is no linear map in a block of the base "
+                f"the LoRA changes {name!r}, which is not a linear map in a block of the base "
                 f"{base.name!r}"
             )
         pair.attach(module)

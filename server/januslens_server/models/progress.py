@@ -1,4 +1,4 @@
-"""Progress of loading a model, and the moment of the last advance."""
+"""Progress of loading a model, and the time of its last advance."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ computed in float32 and rounded once to the data type that is served. These sche
 - compressed-tensors, as llm-compressor writes it: floats of 8 bits, of 4 bits (NVFP4), integers.
 
 transformers could dequantise them, but derives the size of blocks from the number of scales. This
-is wrong where blocks do not divide a matrix, as in DeepSeek's keys. It also accepts codes without
+is wrong if blocks do not divide a matrix, as in DeepSeek's keys. It also accepts codes without
 scales. Here every shape is compared with the scheme before memory is allocated, and what does not
 fit is refused. Scales of activations are ignored, because activations are not quantised here.
 """
@@ -45,7 +45,7 @@ DEFAULT_BLOCKS = {"fp8": [128, 128], "mxfp8": [1, 32]}
 # Groups of weights with a scheme of their own; every weight is compared with each.
 MAX_GROUPS = 100
 
-# Widths of integers that fill 32 bits without a rest.
+# Widths of integers that divide 32 bits without a remainder.
 PACKED_BITS = {2, 4, 8}
 FORMATS = {
     "float-quantized",
@@ -265,7 +265,7 @@ def dense_weights(
         find = _microscaled if scheme.method == "mxfp4" else _scaled
         weights, used = find(files, scheme)
         if not used:
-            raise ModelFailed(f"config.json describes {scheme.name}, but no tensor is stored so")
+            raise ModelFailed(f"config.json describes {scheme.name}, but no tensor has this scheme")
         dropped = {name for name in entries if OF_ACTIVATIONS.search(name)}
         kept = {name: entries[name] for name in entries.keys() - used - dropped}
     check_float(kept, or_else="" if scheme is None else ", or scales beside it")

@@ -101,8 +101,9 @@ class Registry:
     def add(self, source: ModelSource) -> bool:
         """Add a model in the state LOADING, for `load`; return whether it must be loaded.
 
-        It need not be if it is already loading or READY from this location. A FAILED model is
-        replaced. Raises `ModelExists` if another model has the name.
+        It is not loaded again if it is already loading or READY from this location. A FAILED model
+        is replaced. Raises `ModelExists` if another model has the name, or the model is being
+        unloaded.
         """
         with self._changed:
             known = self._statuses.get(source.name)
@@ -111,10 +112,12 @@ class Registry:
                 same = (before.location, before.revision) == (source.location, source.revision)
                 if same and known.state is not ModelState.UNLOADING:
                     return False
-                being = "being unloaded" if known.state is ModelState.UNLOADING else "in use"
+                if known.state is ModelState.UNLOADING:
+                    being, advice = "being unloaded", "wait until it is unloaded"
+                else:
+                    being, advice = "in use", "unload that model first"
                 raise ModelExists(
-                    f"model name {source.name!r} is {being}; unload that model first, or choose "
-                    "another name"
+                    f"model name {source.name!r} is {being}; {advice}, or choose another name"
                 )
             self._expect(source)
         return True
@@ -174,7 +177,8 @@ class Registry:
     def unload(self, name: str) -> None:
         """Remove a model; return when its requests have finished and its memory is free.
 
-        Raises `ModelNotFound`, and `ModelLoading` while it loads.
+        Raises `ModelNotFound`, `ModelLoading` while it loads, and `InvalidRequest` if it is the
+        base of a LoRA.
         """
         with self._changed:
             self.check_unloadable(name)
@@ -190,10 +194,10 @@ class Registry:
         self._forget(name)
 
     def check_unloadable(self, name: str) -> None:
-        """Raise `ModelNotFound` or `ModelLoading` if `unload` would."""
+        """Raise the error that `unload` would raise."""
         status = self.status(name)
         if status.state is ModelState.LOADING:
-            raise ModelLoading(f"model {name!r} is still loading; unload it when it is loaded")
+            raise ModelLoading(f"model {name!r} is still loading; wait until it is READY or FAILED")
         if status.state is ModelState.UNLOADING:
             raise ModelNotFound(f"model {name!r} is already being unloaded")
         with self._changed:
@@ -215,7 +219,7 @@ class Registry:
         return status is not None and status.state is ModelState.READY
 
     def alive(self, name: str) -> None:
-        """Report that the loading of a model goes on."""
+        """Report that a model is still being loaded, as progress without a fraction."""
         self._progress[name].alive()
 
     def seconds_without_progress(self, now: float) -> float:
@@ -325,7 +329,7 @@ def _release(name: str, network: weakref.ref[PreTrainedModel]) -> None:
             break
         time.sleep(COLLECTION_SECONDS)
     else:
-        logger.warning("model %s is unloaded, but something still uses its memory", name)
+        logger.warning("model %s is unloaded, but its memory is still in use", name)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

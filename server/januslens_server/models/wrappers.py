@@ -3,7 +3,7 @@
 Many published models wrap a text decoder that also reads images or sound. Given only text, a family
 of `FAMILIES` computes exactly what its text decoder computes alone, which
 `tests/loading/test_wrappers.py` measures. Januslens serves the decoder and loads nothing else.
-Tokens that stand for images are ordinary tokens to it.
+Tokens that stand for images are served as ordinary tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PREFIXES = (
     "model.",
 )
 HEADS = ("language_model.lm_head.", "lm_head.")
-# The first parts of the names of what else such a checkpoint holds.
+# The first parts of the names of the other weights of such a checkpoint.
 OTHER_PARTS = frozenset(
     """
     connector mm_projector multi_modal_projector multimodal_projector patch_merger vision_embed

@@ -358,7 +358,7 @@ def choose_matrices(
     """
     if MatrixKind.MODULE in asked:
         raise InvalidRequest(
-            field, "MODULE is no kind of matrix in a request; name the modules in modules"
+            field, "MODULE cannot be requested as a kind; name the modules in `modules`"
         )
     present = {kind for block in model.view.blocks for kind in block.matrices}
     wanted: list[MatrixKind] = []

@@ -136,7 +136,7 @@ class FlowReader:
 
     @property
     def full(self) -> bool:
-        """Whether collecting another piece would hardly make the projection cheaper."""
+        """Whether so many nodes are collected that more would not make each cheaper to project."""
         if not (self._spec.include_projections or self._spec.include_gradients):
             return True
         return sum(len(unread.nodes) for unread in self._collected) >= NODES_TOGETHER

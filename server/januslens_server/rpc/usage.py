@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 logger = logging.getLogger(__name__)
 
-# The name under which callers are counted that the callers' file does not name.
+# The name under which all callers outside the callers' file are counted.
 OTHERS = "(others)"
 
 
@@ -35,7 +35,10 @@ Kind = tuple[str, str, str]
 
 
 class UsageBook:
-    """The use of each caller since the last line, by RPC, model and level. For the event loop."""
+    """The use of each caller since the last line, by RPC, model and level.
+
+    It is not thread-safe: use it in the event loop.
+    """
 
     def __init__(self) -> None:
         self._since = datetime.now(UTC)

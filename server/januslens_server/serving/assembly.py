@@ -48,7 +48,7 @@ logger = logging.getLogger("januslens_server")
 # The name of the embedded model, and the location that stands for it unless it is a folder.
 EMBEDDED = "demo"
 
-# Seconds between two looks at the progress of loading.
+# Seconds between two checks of the progress of loading.
 WATCH_SECONDS = 5.0
 
 
@@ -159,7 +159,7 @@ class Assembly:
                 continue
             stalled = not stalled
             if stalled:
-                logger.error("loading makes no progress for %.0f s", seconds)
+                logger.error("loading has made no progress for %.0f s", seconds)
             self.health.set_stalled(stalled)
             self.on_stall(stalled)
 

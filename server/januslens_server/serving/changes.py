@@ -39,11 +39,11 @@ class AllowedSources:
                 return str(path)
         elif _HUB_ID.fullmatch(source) and not Path(source).exists() and self._lists(source):
             return source
-        allowed = ", ".join(self._loadable) or "nothing, because --loadable is not set"
-        raise PermissionDenied(
-            f"source {source!r} is not allowed; expected an absolute path or a hub id within: "
-            f"{allowed}"
-        )
+        if self._loadable:
+            allowed = f"an absolute path or a hub id within: {', '.join(self._loadable)}"
+        else:
+            allowed = "a server with --loadable, which lists the allowed folders and hub ids"
+        raise PermissionDenied(f"source {source!r} is not allowed; expected {allowed}")
 
     def _lists(self, hub_id: str) -> bool:
         """Whether a hub id is listed, or all models of its organisation."""
@@ -129,7 +129,7 @@ class Changes:
     ) -> None:
         try:
             work(name)
-        except IntrospectionError as error:  # another process has changed the model before
+        except IntrospectionError as error:  # a change from another process came first
             logger.warning("model %s not changed: %s", name, error)
         self._loop.call_soon_threadsafe(done, self._registry.serves(name))
 

@@ -1,6 +1,6 @@
 """Find the linear maps of blocks, and the sublayers of blocks without known parts.
 
-Nothing is read from names but the kind of a mixer. In one forward pass, the difference between a
+Names decide only the kind of a mixer. In one forward pass, the difference between a
 block's output and its input is solved for the outputs of the modules in the block. The modules
 that make it up, each with a factor of 1 or one that the configuration names, are its sublayers.
 """
