@@ -548,7 +548,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
 
         Raises:
             PermissionDenied: The caller may not load models, or not from this source.
-            ModelExists: Another model has the name.
+            ModelExists: Another model has the name, or the model is being unloaded.
             JanuslensError: The call failed; `januslens.errors` has the types.
         """
         request = admin_pb2.LoadModelRequest(
@@ -572,6 +572,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             PermissionDenied: The caller may not unload models.
             ModelNotFound: The server has no such model.
             ModelLoading: The model is still loading.
+            InvalidRequest: The model is the base of a LoRA, which must be unloaded first.
             JanuslensError: The call failed; `januslens.errors` has the types.
         """
         request = admin_pb2.UnloadModelRequest(model=checked_text(name, "name"))

@@ -191,7 +191,7 @@ class RevisionNotFound(ModelNotFound):
 
 
 class ModelExists(JanuslensError):
-    """The name of a model to load belongs to another model."""
+    """The name of a model to load belongs to another model, or to one that is being unloaded."""
 
 
 class FailedPrecondition(JanuslensError):
