@@ -174,7 +174,7 @@ class RevisionNotFound(ModelNotFound):
 
 
 class ModelExists(IntrospectionError):
-    """The name of a model to load belongs to another one."""
+    """The name of a model to load belongs to another model, or to one that is being unloaded."""
 
     reason = "MODEL_EXISTS"
 
