@@ -18,6 +18,8 @@ VERBS = [
     "list_models",
     "model",
     "server_info",
+    "load_model",
+    "unload_model",
     "tokenize",
     "project",
     "preview_edit",

@@ -68,7 +68,6 @@ from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.models.vetting import (
     ADAPTER,
     QUANTIZATION_KEYS,
-    check_facts,
     check_file_names,
     check_folder,
     check_header,
@@ -153,7 +152,6 @@ def load(source: ModelSource, progress: LoadingProgress | None = None) -> Reside
         vocabulary = _vocabulary(checkpoint)
         with loaded_vectors(network):
             view = view_of(network)
-        check_facts(view.facts)
         check_weights(network, progress.advance)
         progress.finish_pass()
         view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))

@@ -28,6 +28,7 @@ from januslens_server.models.adapters.observed_pass import (
     scales,
 )
 from januslens_server.models.matrices import Linear, ModuleMap
+from januslens_server.models.vetting import check_facts
 from januslens_server.models.views import Block, CoarseBlock, ModelView, Sublayer
 from januslens_server.results import Side, SublayerKind
 
@@ -93,8 +94,9 @@ def with_modules(
     """Return a view with the linear maps of all blocks, and the sublayers of some.
 
     These are the blocks without known parts among the `layers`, by default all. The reason of those
-    that have no sublayers says so.
+    that have no sublayers says so. Raises `ModelFailed` if the model's facts are impossible.
     """
+    check_facts(view.facts)
     found = _observed(network, view)
     blocks = list(view.blocks)
     for layer, block in enumerate(blocks):
