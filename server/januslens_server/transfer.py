@@ -36,7 +36,9 @@ class DeviceIndex:
     def on(self, device: torch.device) -> torch.Tensor:
         """Return the indices `[n]` on a device."""
         if device not in self._on:
-            self._on[device] = to_device(self.numbers, device)
+            # Autograd cannot save a tensor of inference mode, and later passes may need gradients.
+            with torch.inference_mode(mode=False):
+                self._on[device] = to_device(self.numbers, device)
         return self._on[device]
 
 

@@ -118,7 +118,7 @@ def test_a_forward_shift_is_the_papers_update_of_one_matrix(
         stored = update.T if isinstance(ff2, nn.Linear) else update
         ff2.get_parameter("weight").add_(stored)
 
-    spec = PreviewEditSpec(tuple(ids), (target, 1), ForwardShift(layer, eta))
+    spec = PreviewEditSpec(tuple(ids), (target,), ForwardShift(layer, eta))
     result = preview(loaded.resident, spec)
 
     before, after = next_token(loaded.network, ids), next_token(edited, ids)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from januslens_server.capture import End, Tap, capturing
+from januslens_server.capture.hooks import select
 
 
 class Block(nn.Module):
@@ -158,3 +159,14 @@ def test_hooks_are_removed_after_a_success(model: Model, x: torch.Tensor) -> Non
         assert hooks(model) == 9
         model(x)
     assert hooks(model) == 0
+
+
+def test_columns_read_in_inference_mode_serve_a_later_pass_with_gradients() -> None:
+    columns = (5, 0, 2)
+    values = torch.arange(6.0).reshape(1, 6)
+    with torch.inference_mode():
+        assert select(values, columns).tolist() == [[5, 0, 2]]
+    whole = values.clone().requires_grad_()
+    (select(whole, columns) ** 2).sum().backward()
+    assert whole.grad is not None
+    assert whole.grad.tolist() == [[0, 0, 4, 0, 0, 10]]
