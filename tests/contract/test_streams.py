@@ -49,7 +49,7 @@ GRADIENTS: dict[str, gradient_lens_pb2.GradientLensRequest] = {
     "everything": gradient_lens_pb2.GradientLensRequest(
         input=token_ids(*range(300, 340)),
         nll=NLL,
-        matrices=range(gradient_lens_pb2.MATRIX_KIND_Q, gradient_lens_pb2.MATRIX_KIND_FF2 + 1),
+        matrices=gradient_lens_pb2.MatrixKind.values()[1:-1],  # without MODULE
         components=0,
         top_k=50,
         bottom_k=50,
