@@ -21,7 +21,7 @@ def test_attention_equals_hugging_face_beyond_the_length(case: Case) -> None:
     assert attention(case) <= 1e-5
 
 
-def test_length_with_unknown_meaning_leaves_only_the_stream(
+def test_length_with_unknown_meaning_leaves_only_sublayers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ministral 3, read without knowing how it scales its queries."""
@@ -29,10 +29,10 @@ def test_length_with_unknown_meaning_leaves_only_the_stream(
 
     monkeypatch.setattr(automatic, "_query_scaling", lambda _config: None)
     case = next(c for c in BEYOND_LENGTHS if c.family == "ministral3")
-    assert_only_stream(case, "rope_parameters.original_max_position_embeddings")
+    assert_only_sublayers(case, "rope_parameters.original_max_position_embeddings")
 
 
-def test_adapter_that_ignores_a_window_leaves_only_the_stream(
+def test_adapter_that_ignores_a_window_leaves_only_sublayers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The adapter maps Mistral as Llama, which has no window."""
@@ -40,12 +40,12 @@ def test_adapter_that_ignores_a_window_leaves_only_the_stream(
 
     monkeypatch.setitem(adapters.ADAPTERS, "mistral", adapters.ADAPTERS["llama"])
     case = next(c for c in BEYOND_LENGTHS if c.id == "mistral-beyond window")
-    assert_only_stream(case, "for prompts longer than sliding_window")
+    assert_only_sublayers(case, "for prompts longer than sliding_window")
 
 
-def assert_only_stream(case: Case, reason: str) -> None:
+def assert_only_sublayers(case: Case, reason: str) -> None:
     levels = view_of(plain(case)).levels
-    assert {found.level for found in levels} == {Level.STREAM}
+    assert {found.level for found in levels} == {Level.SUBLAYERS}
     assert all(reason in found.reason for found in levels)
 
 
