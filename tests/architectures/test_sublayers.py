@@ -393,7 +393,7 @@ def test_linear_maps_are_listed_and_named_by_patterns() -> None:
     ]
     with pytest.raises(InvalidRequest, match=r"modules\[0\]: none of .* such as linear_attn.in"):
         resolve_gradient_lens(model, GradientLensSpec(prompt, loss, modules=("q_proj",)))
-    with pytest.raises(InvalidRequest, match="name the modules in modules"):
+    with pytest.raises(InvalidRequest, match="name the modules in `modules`"):
         resolve_gradient_lens(model, GradientLensSpec(prompt, loss, matrices=(MatrixKind.MODULE,)))
     with pytest.raises(InvalidRequest, match=r"expected modules such as mixer.in_proj"):
         resolve_gradient_lens(served(MAMBA), GradientLensSpec(prompt, loss))
