@@ -32,7 +32,9 @@ from januslens_server.demo import model_path
 from tests.reference.interventions import HookedModel, Values
 
 PROMPT = "The capital of Japan is the city of"
-EVERY_SITE = [site for site in Site if site not in (Site.UNSPECIFIED, Site.ROUTER)]
+# ROUTER and MIXER_OUTPUT are sites of other models.
+OTHERS = (Site.UNSPECIFIED, Site.ROUTER, Site.MIXER_OUTPUT)
+EVERY_SITE = [site for site in Site if site not in OTHERS]
 
 
 @pytest.fixture(scope="module")
