@@ -133,6 +133,8 @@ def has_float32_sums(device: torch.device) -> bool:
         matrix = torch.eye(16, dtype=torch.bfloat16, device=device)
         product = torch.empty(4, 16, device=device)
         three_part_product(vectors, matrix, product)
+    # Builds without CUDA raise AssertionError; builds without `out_dtype`, TypeError; devices and
+    # kernels that lack the product, one of the others.
     except (AssertionError, NotImplementedError, RuntimeError, TypeError):
         return False
     return torch.equal(product, vectors)
