@@ -244,6 +244,7 @@ def test_both_models_pass_the_self_check_and_serve(tmp_path: Path) -> None:
     registry = Registry(sources, checked, lambda _: None)
     registry.load_all()
     assert [status.state for status in registry.statuses()] == [ModelState.READY] * 2
+    assert [status.loaded_fraction for status in registry.statuses()] == [1.0, 1.0]
     assert registry.get("tuned").provenance.lora.startswith("rank 3 on ")
     assert registry.get("llama").provenance.lora == ""
 

@@ -32,6 +32,7 @@ from januslens_server.models.adapters import view_of
 from januslens_server.models.device_memory import available
 from januslens_server.models.matrices import LoraPair
 from januslens_server.models.placement import memory_needed
+from januslens_server.models.progress import LoadingProgress
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.vetting import (
     ADAPTER,
@@ -93,15 +94,19 @@ class Lora:
         return f"rank {', '.join(map(str, ranks))} on {', '.join(maps)}"
 
 
-def load_lora(name: str, folder: Path, base: ResidentModel) -> ResidentModel:
+def load_lora(
+    name: str, folder: Path, base: ResidentModel, progress: LoadingProgress | None = None
+) -> ResidentModel:
     """Return a model that computes what `base` with the folder's LoRA computes.
+
+    `progress` is advanced meanwhile.
 
     Raises:
         ModelFailed: The folder is missing or damaged, or does not fit the base. The error has one
             line.
     """
     try:
-        lora = read_lora(folder, _bytes_of(base))
+        lora = read_lora(folder, _bytes_of(base), progress or LoadingProgress())
         network = _adapted(base, lora)
         _check_room(base, lora)
         view = view_of(network)
@@ -126,8 +131,8 @@ def _bytes_of(base: ResidentModel) -> int:
     return sum(p.numel() * p.element_size() for p in base.network.parameters())
 
 
-def read_lora(folder: Path, limit: int) -> Lora:
-    """Read a LoRA folder with at most `limit` bytes of weights.
+def read_lora(folder: Path, limit: int, progress: LoadingProgress) -> Lora:
+    """Read, check and hash a LoRA folder with at most `limit` bytes of weights.
 
     Raises:
         ModelFailed: The folder describes more than pairs A and B, or they do not fit together.
@@ -145,6 +150,7 @@ def read_lora(folder: Path, limit: int) -> Lora:
     if size > limit + MIB:
         raise ModelFailed(f"{WEIGHTS} has {size} bytes: expected fewer than its base, {limit}")
     tensors = load_file(folder / WEIGHTS)
+    progress.finish_pass()
     names = {key: _module_name(key) for key in tensors}
     if unknown := sorted(key for key, name in names.items() if name is None):
         raise ModelFailed(
@@ -155,9 +161,11 @@ def read_lora(folder: Path, limit: int) -> Lora:
     if not modules:
         raise ModelFailed(f"{WEIGHTS} has no weights: expected A and B of some linear maps")
     pairs = {module: _pair(module, tensors, described) for module in modules}
+    progress.finish_pass()
     digest = hashlib.sha256()
     for file in (ADAPTER, WEIGHTS):
         digest.update(hashlib.sha256((folder / file).read_bytes()).digest())
+    progress.finish_pass()
     return Lora(pairs, digest.hexdigest())
 
 

@@ -144,7 +144,7 @@ class Registry:
             if source.lora is None:
                 model = load(source, progress)
             else:
-                model = self._with_lora(source, source.lora)
+                model = self._with_lora(source, source.lora, progress)
             model, guarantees = self._check(model)
         except ModelFailed as error:
             self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
@@ -156,12 +156,14 @@ class Registry:
             return
         self._admit(model, guarantees)
 
-    def _with_lora(self, source: ModelSource, folder: Path) -> ResidentModel:
+    def _with_lora(
+        self, source: ModelSource, folder: Path, progress: LoadingProgress
+    ) -> ResidentModel:
         """Load a LoRA over a resident model."""
         base = self._resident.get(source.location)
         if base is None:
             raise ModelFailed(f"{folder}: its base, the model {source.location!r}, is not served")
-        return load_lora(source.name, folder, base)
+        return load_lora(source.name, folder, base, progress)
 
     def _admit(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> None:
         broken = [g for g in guarantees if not g.held]
