@@ -521,7 +521,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
         """Return one model with its state, sizes and self-check results.
 
         Args:
-            name: The model's name; may be empty if there is only one.
+            name: The model's name; may be empty if only one is loaded.
             timeout: Maximum seconds for the call; None = the client's.
 
         Raises:

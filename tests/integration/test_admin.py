@@ -155,6 +155,7 @@ def test_a_broken_model_fails_and_another_takes_its_name(site: Site) -> None:
         model = site.loaded(client, "name", site.folder / "broken")
         assert model.state == "FAILED"
         assert "infinite or NaN" in model.state_reason
+        assert client.tokenize("Japan")  # the demo, the only model that serves
         assert serving(site, "januslens.ready") == SERVING
         assert site.loaded(client, "name", site.folder / "tiny").ready
         client.unload_model("name")

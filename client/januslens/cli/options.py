@@ -350,7 +350,7 @@ rows_option = click.option(
 )
 
 model_option = click.option(
-    "--model", default="", metavar="NAME", help="Model name; default: the only model of the server."
+    "--model", default="", metavar="NAME", help="Model name; default: the only model that serves."
 )
 
 

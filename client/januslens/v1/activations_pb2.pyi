@@ -39,7 +39,7 @@ class ActivationsRequest(_message.Message):
     HEADS_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
     several.
     """
     revision: _builtins.str

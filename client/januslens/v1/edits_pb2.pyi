@@ -39,7 +39,9 @@ class PreviewEditRequest(_message.Message):
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     GRID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has."""
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
+    several.
+    """
     revision: _builtins.str
     """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     @_builtins.property

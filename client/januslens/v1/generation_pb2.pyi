@@ -37,7 +37,7 @@ class GenerateRequest(_message.Message):
     READING_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
     several.
     """
     revision: _builtins.str

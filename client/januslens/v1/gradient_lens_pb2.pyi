@@ -192,7 +192,7 @@ class GradientLensRequest(_message.Message):
     INCLUDE_ATTENTION_GRADIENTS_FIELD_NUMBER: _builtins.int
     MODULES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
     several.
     """
     revision: _builtins.str

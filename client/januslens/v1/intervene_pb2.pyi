@@ -38,7 +38,7 @@ class InterveneRequest(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
     several.
     """
     revision: _builtins.str

@@ -159,7 +159,9 @@ class ProjectRequest(_message.Message):
     BOTTOM_K_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has."""
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
+    several.
+    """
     lens: Global___Lens.ValueType
     """Lens; unspecified = LENS_FINAL_NORM."""
     top_k: _builtins.int

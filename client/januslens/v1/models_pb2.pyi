@@ -84,7 +84,9 @@ class GetModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has."""
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
+    several.
+    """
     def __init__(
         self,
         *,
@@ -258,7 +260,9 @@ class TokenizeRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has."""
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
+    several.
+    """
     text: _builtins.str
     """The text. INVALID_ARGUMENT if it is empty and there is no `chat`."""
     with_special_tokens: _builtins.bool

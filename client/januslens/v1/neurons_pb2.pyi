@@ -37,7 +37,9 @@ class FindNeuronsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has."""
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
+    several.
+    """
     suppressed: _builtins.bool
     """True: return the neurons that suppress the token instead."""
     page_size: _builtins.int

@@ -303,7 +303,7 @@ class TraceRequest(_message.Message):
     TARGETS_AT_FIELD_NUMBER: _builtins.int
     NEXT_TOKEN_TARGETS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
+    """Name of the model; empty = the only one that is READY or LOADING, INVALID_ARGUMENT if there are
     several.
     """
     revision: _builtins.str

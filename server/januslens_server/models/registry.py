@@ -256,13 +256,13 @@ class Registry:
         return 0.0 if progress is None else progress.fraction
 
     def status(self, name: str, scope: Scope = _everything) -> ModelStatus:
-        """Return the status of one model; the name may be empty for the only permitted one.
+        """Return the status of one model; an empty name is that of `_default`.
 
         Raises `InvalidRequest`, `PermissionDenied` and `ModelNotFound` as `using` does.
         """
         statuses = {status.name: status for status in self.statuses()}
         offered = [known for known in statuses if scope(known)]
-        name = name or _only(offered)
+        name = name or _default([statuses[known] for known in offered])
         if not scope(name):
             raise PermissionDenied(
                 f"model {name!r} is not permitted: expected one of {_listed(offered)}"
@@ -290,12 +290,12 @@ class Registry:
         """Return the model to serve.
 
         Args:
-            name: The model's name; empty for the only one that the caller may use.
+            name: The model's name; empty for the only one that serves, see `_default`.
             revision: The expected revision; empty for any.
             scope: Whether the caller may use a name.
 
         Raises:
-            InvalidRequest: The name is empty and several models are permitted.
+            InvalidRequest: The name is empty and several models serve.
             PermissionDenied: The name is not permitted, whether or not it exists.
             ModelNotFound: The name is unknown, or the model is being unloaded.
             RevisionNotFound: The model has another revision.
@@ -336,7 +336,15 @@ def _release(name: str, network: weakref.ref[PreTrainedModel]) -> None:
         torch.cuda.empty_cache()
 
 
-def _only(names: list[str]) -> str:
+def _default(offered: list[ModelStatus]) -> str:
+    """Return the model of a request that names none: the only one that serves or is loading.
+
+    A loading model counts, so that the answer does not depend on which model is loaded first. If
+    no model serves or is loading, the only other one is returned, so that the error has its reason.
+    """
+    usable = {ModelState.LOADING, ModelState.READY}
+    found = [status.name for status in offered if status.state in usable]
+    names = found or [status.name for status in offered]
     if len(names) == 1:
         return names[0]
     if not names:

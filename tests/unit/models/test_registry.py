@@ -21,6 +21,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.results import Guarantee, ModelState, ModelStatus
 
 DEMO = ModelSource("demo", str(model_path()))
+OTHER = ModelSource("other", str(model_path()))
 ABSENT = ModelSource("absent", "/nowhere/at/all")
 HELD, BROKEN = Guarantee("held", 0.0, 1.0), Guarantee("broken", 2.0, 1.0)
 
@@ -61,7 +62,7 @@ def test_exception_in_the_self_check_fails_only_that_model() -> None:
             raise ZeroDivisionError("in the check")
         return model, [HELD]
 
-    loaded = Registry([DEMO, ModelSource("other", str(model_path()))], check, lambda _: None)
+    loaded = Registry([DEMO, OTHER], check, lambda _: None)
     loaded.load_all()
     assert states(loaded) == {"demo": ModelState.FAILED, "other": ModelState.READY}
     with pytest.raises(ModelFailed, match="self-check failed: in the check"):
@@ -92,9 +93,35 @@ def test_get_checks_name_and_revision() -> None:
         loaded.get("demo", "main")
 
 
-def test_empty_name_means_the_only_model() -> None:
-    with pytest.raises(InvalidRequest, match="no model given: expected one of demo, absent"):
-        registry(DEMO, ABSENT).get("")
+def test_empty_name_means_the_only_model_that_serves() -> None:
+    loaded = registry(DEMO, ABSENT)
+    loaded.load("absent")
+    with pytest.raises(ModelLoading, match="model 'demo' is still loading"):
+        loaded.get("")
+    loaded.load("demo")
+    assert loaded.get("").name == loaded.status("").name == "demo"
+
+
+def test_empty_name_is_refused_while_another_model_loads_or_serves() -> None:
+    loaded = registry(DEMO)
+    loaded.load_all()
+    loaded.add(OTHER)
+    for _ in ("loading", "READY"):
+        with pytest.raises(InvalidRequest, match="no model given: expected one of demo, other"):
+            loaded.get("")
+        loaded.load("other")
+    assert loaded.get("", scope=lambda name: name == "other").name == "other"
+
+
+def test_empty_name_of_models_that_all_failed_names_them() -> None:
+    loaded = registry(ABSENT)
+    loaded.load_all()
+    with pytest.raises(ModelFailed, match="model 'absent' cannot be served"):
+        loaded.get("")
+    loaded.add(ModelSource("gone", "/nowhere"))
+    loaded.load("gone")
+    with pytest.raises(InvalidRequest, match="no model given: expected one of absent, gone"):
+        loaded.get("")
 
 
 def test_closed_registry_raises_server_draining() -> None:
