@@ -113,7 +113,11 @@ def test_ff1_of_a_gated_mlp_is_gate_and_up() -> None:
     gradient = assembled(gradient_stream(header, gate, up, summary))
     assert gradient.of_kind("FF1") == list(gradient.matrices)
     assert [matrix.name for matrix in gradient.of_kind("UP")] == ["L1.UP"]
-    with pytest.raises(KeyError, match="in a gated MLP, FF1 is GATE and UP"):
+    from_last = 1 - gradient.header.sizes.n_layers
+    for layer in (1, from_last):
+        assert gradient.of_kind("FF1", layer) == list(gradient.matrices)
+    assert gradient.of_kind("FF1", layer=0) == []
+    with pytest.raises(KeyError, match=r"FF1 is two matrices: of_kind\('FF1', 1\)"):
         gradient.matrix(1, "FF1")
 
 

@@ -376,7 +376,7 @@ class Gradient:
         here = ", ".join(matrix.name for matrix in self.matrices)
         name = matrix_name(layer, wanted, expert)
         gated = wanted is MatrixKind.FF1 and any(m.kind in _GATED for m in self.matrices)
-        hint = "; in a gated MLP, FF1 is GATE and UP" if gated else ""
+        hint = f"; in a gated MLP, FF1 is two matrices: of_kind('FF1', {layer})" if gated else ""
         raise KeyError(f"the gradient has no matrix {name}; expected one of {here}{hint}")
 
     def attention_of(self, layer: int) -> AttentionGradient:
@@ -393,18 +393,21 @@ class Gradient:
             f"the gradient has no attention of layer {layer}; request it with attention=True"
         )
 
-    def of_kind(self, kind: MatrixKind | str) -> list[Matrix]:
-        """Return the gradients of one kind of matrix in all layers, from the last layer down.
+    def of_kind(self, kind: MatrixKind | str, layer: int | None = None) -> list[Matrix]:
+        """Return the gradients of one kind of matrix, in all layers from the last down or in one.
 
         In a gated MLP, FF1 means GATE and UP, as in a request. `kind` may be the name of a module.
+        A negative layer counts from the last one.
 
         Raises:
             ValueError: There is no such kind or module.
         """
         wanted = self._kind(kind)
-        found = [matrix for matrix in self.matrices if matrix.kind == wanted]
+        at = layer if layer is None or layer >= 0 else layer + self.header.sizes.n_layers
+        here = [matrix for matrix in self.matrices if at in (None, matrix.layer)]
+        found = [matrix for matrix in here if matrix.kind == wanted]
         if not found and wanted is MatrixKind.FF1:
-            return [matrix for matrix in self.matrices if matrix.kind in _GATED]
+            return [matrix for matrix in here if matrix.kind in _GATED]
         return found
 
     def _kind(self, kind: MatrixKind | str) -> MatrixKind | str:
