@@ -16,7 +16,7 @@ from januslens import _presentation as presentation
 from januslens.results.exports import figure_of, require
 from januslens.results.gradient import Gradient
 from januslens.results.heat_map import HeatMap
-from januslens.results.kinds import MatrixKind, Side
+from januslens.results.kinds import MatrixKind, NodeKind, Side
 from januslens.results.trace import Trace
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def head_map(trace: Trace, position: int | None) -> HeatMap:
     at = trace.target(position).position
     values = np.full((len(trace.layers), trace.header.sizes.n_heads), np.nan)
     for row, layer in enumerate(trace.layers):
-        for part in layer.heads(at):
+        for part in layer.parts_of_kind(NodeKind.HEAD_OUTPUT, at):
             if part.node.head is not None and part.logit_contribution is not None:
                 values[row, part.node.head] = part.logit_contribution
     if np.isnan(values).all():

@@ -54,8 +54,9 @@ def layer_html(layer: LayerGraph) -> str:
     parts = [element("p", element("b", f"Layer {layer.layer}"))]
     for position in positions[-1:]:
         where = f"at position {position}"
-        parts.append(_shares(f"Heads {where}", layer.heads(position)[:_ROWS]))
-        parts.append(_shares(f"Neurons {where}", layer.neurons(position)[:_ROWS]))
+        for name, kind in (("Heads", NodeKind.HEAD_OUTPUT), ("Neurons", NodeKind.MLP_VALUE)):
+            listed = layer.parts_of_kind(kind, position)[:_ROWS]
+            parts.append(_shares(f"{name} {where}", listed))
     return document(*parts, note("share: of the layer's heads, or of the MLP's output"))
 
 

@@ -317,8 +317,8 @@ def trace_sentences(trace: Trace, target: PositionTarget) -> list[Sentence]:
     """State the target, the layer from which it ranks first, and its strongest head and neuron."""
     sentences = [target_sentence(trace, target), (emergence_sentence(trace, target),)]
     by_contribution = trace.header.selected_by is Criterion.CONTRIBUTION
-    found = {"heads": trace.heads(target.position), "neurons": trace.neurons(target.position)}
-    for name, parts in found.items():
+    for name, kind in (("heads", NodeKind.HEAD_OUTPUT), ("neurons", NodeKind.MLP_VALUE)):
+        parts = trace.parts_of_kind(kind, target.position)
         added = [part for part in parts if _is_finite(part.logit_contribution)]
         if added:
             best = max(added, key=lambda part: part.logit_contribution or 0.0)

@@ -78,17 +78,24 @@ def test_heads_and_neurons_of_a_layer(layer: LayerGraph) -> None:
     assert layer.neurons(position=0) == []
 
 
-def test_a_head_whose_sum_is_hidden_has_no_share() -> None:
+def test_parts_whose_sum_is_hidden_name_the_kinds_to_request() -> None:
     hidden = messages.layer()
     del hidden.edges[:]
     assembler = TraceAssembler()
     for response in trace_stream(messages.trace_header(), hidden, messages.trace_summary()):
         assembler.feed(response)
-    heads = assembler.result().heads()
-    assert [(part.node.head, part.edge, part.share) for part in heads] == [
+    trace = assembler.result()
+    for found in (trace, trace.layers[0]):
+        with pytest.raises(ValueError, match="request HEAD_OUTPUT with ATTENTION_CONCAT, or"):
+            found.heads()
+        with pytest.raises(ValueError, match="request MLP_VALUE with MLP_OUTPUT and MLP_SUM, or"):
+            found.neurons()
+    parts = trace.parts_of_kind("HEAD_OUTPUT")
+    assert [(part.node.head, part.edge, part.share) for part in parts] == [
         (0, None, None),
         (1, None, None),
     ]
+    assert "Heads at position 1" in trace.layers[0]._repr_html_()
 
 
 def test_contributions_are_every_summand_once_and_add_up_to_the_logit(trace: Trace) -> None:

@@ -393,9 +393,9 @@ def _show_position(
         _show_layers(trace, target, console, rows)
     else:
         added = f"that add most to the {trace.explained(target.position)}"
-        heads = _strongest(trace.heads(target.position))[:rows]
+        heads = _strongest(trace.parts_of_kind(NodeKind.HEAD_OUTPUT, target.position))[:rows]
         console.print(heads_section(trace, heads, f"Heads {added}", sought))
-        neurons = _strongest(trace.neurons(target.position))[:rows]
+        neurons = _strongest(trace.parts_of_kind(NodeKind.MLP_VALUE, target.position))[:rows]
         console.print(neurons_section(neurons, f"Neurons {added}", sought))
     _show_contributions(trace, target, console, 3 * rows if details else rows)
 
@@ -404,7 +404,10 @@ def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: i
     """Print the heads and neurons of every layer."""
     sought: Sequence[Token] = [target.target]
     for layer in trace.layers:
-        heads, neurons = layer.heads(target.position), layer.neurons(target.position)
+        heads, neurons = (
+            layer.parts_of_kind(kind, target.position)
+            for kind in (NodeKind.HEAD_OUTPUT, NodeKind.MLP_VALUE)
+        )
         title = f"Layer {layer.layer}: attention heads"
         console.print(heads_section(trace, heads[:rows], title, sought))
         title = f"Layer {layer.layer}: MLP neurons"

@@ -300,24 +300,43 @@ class GraphView:
     def heads(self, position: int | None = None) -> Parts:
         """Return the heads' outputs with their shares of the sum of all heads, largest first.
 
-        Those of several positions are in the order of the positions.
+        Those of several positions are in the order of the positions. Shares at different positions
+        or layers are fractions of different sums.
 
-        The share is None if the sum, ATTENTION_CONCAT, is hidden. Shares at different positions or
-        layers are fractions of different sums.
+        Raises:
+            ValueError: The heads were requested without their sum, ATTENTION_CONCAT.
         """
-        return self._parts_of_kind(NodeKind.HEAD_OUTPUT, position)
+        return self._with_sums(NodeKind.HEAD_OUTPUT, position, "ATTENTION_CONCAT")
 
     def neurons(self, position: int | None = None) -> Parts:
         """Return the MLP's neurons with their shares of the MLP's result, largest first.
 
-        Those of several positions are in the order of the positions.
-        These are the strongest of the neurons that the selection of the request has picked. The
-        share is None if the sum, MLP_OUTPUT or MLP_SUM, is hidden. Shares at different positions or
+        Those of several positions are in the order of the positions. These are the strongest of the
+        neurons that the selection of the request has picked. Shares at different positions or
         layers are fractions of different sums.
-        """
-        return self._parts_of_kind(NodeKind.MLP_VALUE, position)
 
-    def _parts_of_kind(self, kind: NodeKind, position: int | None) -> Parts:
+        Raises:
+            ValueError: The neurons were requested without their sum, MLP_OUTPUT or MLP_SUM.
+        """
+        return self._with_sums(NodeKind.MLP_VALUE, position, "MLP_OUTPUT and MLP_SUM")
+
+    def _with_sums(self, kind: NodeKind, position: int | None, sums: str) -> Parts:
+        found = self.parts_of_kind(kind, position)
+        if found and all(part.edge is None for part in found):
+            raise ValueError(
+                f"the trace has {kind} without its sum, so there are no shares and contributions; "
+                f"request {kind} with {sums}, or take the nodes from nodes_of({str(kind)!r})"
+            )
+        return found
+
+    def parts_of_kind(self, kind: NodeKind | str, position: int | None = None) -> Parts:
+        """Return the nodes of one kind as parts of their sums, largest share first.
+
+        The edge of a part is None if its sum is hidden, and so are share and contribution.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
         leaving = self._leaving
         found = [Part(node, leaving.get(node.id)) for node in self.nodes_of(kind, position)]
         return Parts(sorted(found, key=_position_and_share), self.prompt)
