@@ -42,6 +42,7 @@ from januslens.arguments import (
     set_edit,
     set_edit_grid,
     set_loss,
+    source_messages,
     subject_message,
     target_message,
     unit_messages,
@@ -108,6 +109,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
     gradients: bool = False,
     only_heads: Iterable[tuple[int, int] | str] = (),
     only_neurons: Iterable[tuple[int, ...] | str] = (),
+    only_sources: Iterable[tuple[int, int, int] | str] = (),
     targets: Mapping[int, TargetLike] | None = None,
     next_tokens: bool = False,
     model: str = "",
@@ -154,6 +156,9 @@ def trace_request(  # noqa: PLR0913 - by keyword
             Unless `layers` is given, only their layers are sent.
         only_neurons: Neurons to send instead, as pairs of layer and neuron, as layer, expert and
             neuron in a mixture of experts, or as ids of their nodes.
+        only_sources: Sources to send instead of those with the largest scores, as layer, head and
+            source position such as `[(9, 6, -2)]`, or as ids of MEMORY_KEY or MEMORY_VALUE nodes.
+            Of the heads, only these and those of `only_heads` are sent.
         targets: The targets of single positions, which replace `target` there.
         next_tokens: Take the next token of the prompt as the target of each position (teacher
             forcing). `target` is then the target of the last position only.
@@ -179,6 +184,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
             ),
             only_heads=unit_messages(only_heads, "only_heads"),
             only_neurons=unit_messages(only_neurons, "only_neurons"),
+            only_sources=source_messages(only_sources),
         ),
         targets_at=[
             trace_pb2.PositionedTarget(position=position, target=target_message(found, "targets"))

@@ -67,6 +67,7 @@ class AsyncLenses(AsyncCalls):
         gradients: bool = False,
         only_heads: Iterable[tuple[int, int] | str] = (),
         only_neurons: Iterable[tuple[int, ...] | str] = (),
+        only_sources: Iterable[tuple[int, int, int] | str] = (),
         targets: Mapping[int, TargetLike] | None = None,
         next_tokens: bool = False,
         model: str = "",
@@ -117,6 +118,9 @@ class AsyncLenses(AsyncCalls):
                 used. Unless `layers` is given, only their layers are sent.
             only_neurons: Neurons to send instead, as pairs of layer and neuron, as layer, expert
                 and neuron in a mixture of experts, or as ids of their nodes.
+            only_sources: Sources to send instead of those with the largest scores, as layer, head
+                and source position such as `[(9, 6, -2)]`, or as ids of MEMORY_KEY or MEMORY_VALUE
+                nodes. Of the heads, only these and those of `only_heads` are sent.
             targets: The targets of single positions, which replace `target` there.
             next_tokens: Take the next token of the prompt as the target of each position (teacher
                 forcing). `target` is then the target of the last position only.
@@ -156,6 +160,7 @@ class AsyncLenses(AsyncCalls):
             gradients=gradients,
             only_heads=only_heads,
             only_neurons=only_neurons,
+            only_sources=only_sources,
             targets=targets,
             next_tokens=next_tokens,
             model=model,
@@ -193,6 +198,7 @@ class AsyncLenses(AsyncCalls):
         gradients: bool = False,
         only_heads: Iterable[tuple[int, int] | str] = (),
         only_neurons: Iterable[tuple[int, ...] | str] = (),
+        only_sources: Iterable[tuple[int, int, int] | str] = (),
         targets: Mapping[int, TargetLike] | None = None,
         next_tokens: bool = False,
         model: str = "",
@@ -243,6 +249,9 @@ class AsyncLenses(AsyncCalls):
                 used. Unless `layers` is given, only their layers are sent.
             only_neurons: Neurons to send instead, as pairs of layer and neuron, as layer, expert
                 and neuron in a mixture of experts, or as ids of their nodes.
+            only_sources: Sources to send instead of those with the largest scores, as layer, head
+                and source position such as `[(9, 6, -2)]`, or as ids of MEMORY_KEY or MEMORY_VALUE
+                nodes. Of the heads, only these and those of `only_heads` are sent.
             targets: The targets of single positions, which replace `target` there.
             next_tokens: Take the next token of the prompt as the target of each position (teacher
                 forcing). `target` is then the target of the last position only.
@@ -284,6 +293,7 @@ class AsyncLenses(AsyncCalls):
             gradients=gradients,
             only_heads=only_heads,
             only_neurons=only_neurons,
+            only_sources=only_sources,
             targets=targets,
             next_tokens=next_tokens,
             model=model,
@@ -319,6 +329,7 @@ class AsyncLenses(AsyncCalls):
         gradients: bool = False,
         only_heads: Iterable[tuple[int, int] | str] = (),
         only_neurons: Iterable[tuple[int, ...] | str] = (),
+        only_sources: Iterable[tuple[int, int, int] | str] = (),
         targets: Mapping[int, TargetLike] | None = None,
         next_tokens: bool = False,
         model: str = "",
@@ -369,6 +380,9 @@ class AsyncLenses(AsyncCalls):
                 used. Unless `layers` is given, only their layers are sent.
             only_neurons: Neurons to send instead, as pairs of layer and neuron, as layer, expert
                 and neuron in a mixture of experts, or as ids of their nodes.
+            only_sources: Sources to send instead of those with the largest scores, as layer, head
+                and source position such as `[(9, 6, -2)]`, or as ids of MEMORY_KEY or MEMORY_VALUE
+                nodes. Of the heads, only these and those of `only_heads` are sent.
             targets: The targets of single positions, which replace `target` there.
             next_tokens: Take the next token of the prompt as the target of each position (teacher
                 forcing). `target` is then the target of the last position only.
@@ -407,6 +421,7 @@ class AsyncLenses(AsyncCalls):
             gradients=gradients,
             only_heads=only_heads,
             only_neurons=only_neurons,
+            only_sources=only_sources,
             targets=targets,
             next_tokens=next_tokens,
             model=model,

@@ -475,10 +475,17 @@ class Probe:
     label: str = ""
 
 
-# The ids of nodes of a single head or neuron (docs/semantics.md, "Ids").
+# The ids of nodes of a single head, neuron or source, with an example (docs/semantics.md, "Ids").
 _UNIT_IDS = {
-    "only_heads": re.compile(r"L(\d+)/p\d+/[A-Z_]+/h(\d+)"),
-    "only_neurons": re.compile(r"L(\d+)/p\d+/MLP_(?:KEY|UP|VALUE)/(?:e(\d+)/)?n(\d+)"),
+    "only_heads": (re.compile(r"L(\d+)/p\d+/[A-Z_]+/h(\d+)"), "L3/p7/HEAD_OUTPUT/h2"),
+    "only_neurons": (
+        re.compile(r"L(\d+)/p\d+/MLP_(?:KEY|UP|VALUE)/(?:e(\d+)/)?n(\d+)"),
+        "L3/p7/MLP_VALUE/n911",
+    ),
+    "only_sources": (
+        re.compile(r"L(\d+)/p\d+/MEMORY_(?:KEY|VALUE)/h(\d+)/s(\d+)"),
+        "L3/p7/MEMORY_VALUE/h2/s4",
+    ),
 }
 
 
@@ -511,10 +518,36 @@ def unit_messages(units: Iterable[Sequence[int] | str], name: str) -> list[trace
     return messages
 
 
+def source_messages(sources: Iterable[Sequence[int] | str]) -> list[trace_pb2.HeadSource]:
+    """Build the messages for sources of heads: layer, head and source position, or ids of nodes.
+
+    Raises:
+        TypeError: A number is not an integer.
+        ValueError: There are not three numbers, a number is out of range, or an id is not that of
+            a source.
+    """
+    messages = []
+    for entry in sources:
+        found = _unit_of_id(entry, "only_sources") if isinstance(entry, str) else entry
+        if len(found) != 3:
+            raise ValueError(
+                f"invalid entry {found!r} of only_sources; expected (layer, head, position)"
+            )
+        layer, head, position = found
+        messages.append(
+            trace_pb2.HeadSource(
+                layer=_bounded(layer, "only_sources", -_INT32, _INT32),
+                head=_bounded(head, "only_sources", 0, _INT32),
+                position=_bounded(position, "only_sources", -_INT32, _INT32),
+            )
+        )
+    return messages
+
+
 def _unit_of_id(node_id: str, name: str) -> list[int]:
-    found = _UNIT_IDS[name].fullmatch(node_id)
+    pattern, example = _UNIT_IDS[name]
+    found = pattern.fullmatch(node_id)
     if found is None:
-        example = "L3/p7/HEAD_OUTPUT/h2" if name == "only_heads" else "L3/p7/MLP_VALUE/n911"
         raise ValueError(f"invalid entry {node_id!r} of {name}; expected an id such as {example!r}")
     return [int(number) for number in found.groups() if number is not None]
 

@@ -72,12 +72,20 @@ class Unit(NamedTuple):
     expert: int | None = None
 
 
+class HeadSource(NamedTuple):
+    """A position that a head of a layer attends to."""
+
+    layer: int
+    head: int
+    position: int
+
+
 @dataclass(frozen=True)
 class Selection:
     """How many parts of each sum become nodes, and by which score.
 
-    0 means all, but none for `bottom_neurons`. `only_heads` and `only_neurons` replace the
-    selection by score unless they are empty.
+    0 means all, but none for `bottom_neurons`. `only_heads`, `only_neurons` and `only_sources`
+    replace the selection by score unless they are empty.
     """
 
     heads: int = 10
@@ -87,12 +95,28 @@ class Selection:
     by: Criterion = Criterion.VISIT
     only_heads: tuple[Unit, ...] = ()
     only_neurons: tuple[Unit, ...] = ()
+    only_sources: tuple[HeadSource, ...] = ()
+
+    @property
+    def named_heads(self) -> frozenset[tuple[int, int]]:
+        """Layer and number of the named heads, including those whose sources are named."""
+        heads = {(unit.layer, unit.number) for unit in self.only_heads}
+        return frozenset(heads.union((named.layer, named.head) for named in self.only_sources))
 
     def heads_of(self, layer: int) -> list[int] | None:
         """Return the heads named for a layer, ascending; None if heads are selected by score."""
-        if not self.only_heads:
+        named = self.named_heads
+        return sorted(head for at, head in named if at == layer) if named else None
+
+    def sources_of(self, layer: int) -> dict[int, list[int]] | None:
+        """Return the sources named for each head of a layer; None if they are selected by score."""
+        if not self.only_sources:
             return None
-        return sorted({unit.number for unit in self.only_heads if unit.layer == layer})
+        found: dict[int, list[int]] = {}
+        for named in dict.fromkeys(self.only_sources):
+            if named.layer == layer:
+                found.setdefault(named.head, []).append(named.position)
+        return found
 
     def neurons_of(self, layer: int) -> list[Unit] | None:
         """Return the neurons named for a layer; None if neurons are selected by score."""

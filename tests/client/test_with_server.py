@@ -363,9 +363,26 @@ def test_ids_of_nodes_name_their_heads_and_neurons(client: Client) -> None:
     named = client.trace(PROMPT, only_heads=[head.id], only_neurons=[neuron.id])
     assert [part.node.id for part in named.heads()] == [head.id]
     assert [part.node.id for part in named.neurons()] == [neuron.id]
-    for source in (head.id + "/s0", neuron.id):
+    for other in (head.id + "/s0", neuron.id):
         with pytest.raises(ValueError, match=r"of only_heads; expected an id such as"):
-            client.trace(PROMPT, only_heads=[source])
+            client.trace(PROMPT, only_heads=[other])
+
+
+def test_ids_of_nodes_name_sources_of_heads(client: Client) -> None:
+    whole = client.trace(PROMPT, layers=[1])
+    source = whole.nodes_of("MEMORY_VALUE")[3]
+    place = (1, source.head or 0, (source.source_position or 0) - len(whole.prompt))
+    for named in (source.id, place):
+        found = client.trace(PROMPT, only_sources=[named])
+        assert [layer.layer for layer in found.layers] == [1]
+        assert [node.id for node in found.nodes_of("MEMORY_VALUE")] == [source.id]
+        assert [part.node.head for part in found.heads()] == [source.head]
+    with pytest.raises(ValueError, match=r"of only_sources; expected an id such as"):
+        client.trace(PROMPT, only_sources=[whole.heads()[0].node.id])
+    with pytest.raises(ValueError, match=r"invalid entry .* of only_sources; expected \(layer,"):
+        client.trace(PROMPT, only_sources=[(1, 2)])  # type: ignore[list-item]  # not three
+    with pytest.raises(januslens.errors.InvalidRequest, match="outside the prompt"):
+        client.trace(PROMPT, only_sources=[(1, 2, 99)])
 
 
 def test_grid_of_edits_has_the_effects_of_single_edits(client: Client) -> None:

@@ -10,7 +10,7 @@ from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.results import NodeKind
-from januslens_server.specs import Selection, TraceSpec, Unit
+from januslens_server.specs import HeadSource, Selection, TraceSpec, Unit
 from tests.architectures.cases import MEASURED
 from tests.architectures.tiny_models import resident
 from tests.reference.traces import Traced, run_trace
@@ -66,6 +66,48 @@ def test_named_heads_and_neurons_have_the_figures_of_the_whole_trace(model: Resi
             assert sums(found, ending) == pytest.approx(sums(whole, ending), abs=1e-4)
 
 
+def test_named_sources_have_the_figures_of_the_whole_trace(model: ResidentModel) -> None:
+    whole = traced(model, EVERYTHING)
+    last, at = model.view.facts.n_layers - 1, len(IDS) - 1
+    named = Selection(
+        only_heads=(Unit(last, 2),),  # without a source, so all of its sources are in OTHER
+        only_sources=(
+            HeadSource(-1, 1, -1),
+            HeadSource(-1, 0, at - 2),
+            HeadSource(-1, 1, at - 1),
+            HeadSource(-1, 1, -1),
+        ),
+    )
+    found = traced(model, named)
+    assert found.header.layers == (last,)
+    place = f"L{last}/p{at}"
+    sources = {f"h0/s{at - 2}", f"h1/s{at}", f"h1/s{at - 1}"}
+    kinds = (NodeKind.MEMORY_KEY, NodeKind.MEMORY_VALUE)
+    shown = {i for i, each in found.nodes.items() if each.node.kind in kinds}
+    assert shown == {f"{place}/{kind.name}/{source}" for kind in kinds for source in sources}
+    heads = {i for i, each in found.nodes.items() if each.node.kind is NodeKind.HEAD_OUTPUT}
+    assert heads == {f"{place}/HEAD_OUTPUT/h{head}" for head in (0, 1, 2)}
+    for key, edge in found.edges.items():
+        if edge.source in shown:
+            expected = whole.edges[key]
+            assert edge.attention == pytest.approx(expected.attention, abs=1e-6)
+            assert edge.logit_contribution == pytest.approx(expected.logit_contribution, abs=1e-6)
+            assert edge.share == pytest.approx(expected.share, abs=1e-5)
+    for node_id in shown:
+        norm = whole.nodes[node_id].norm
+        assert found.nodes[node_id].norm == pytest.approx(norm, rel=1e-5)
+    for head in (0, 1, 2):
+        ending = f"{place}/HEAD_OUTPUT/h{head}"
+        assert sums(found, ending) == pytest.approx(sums(whole, ending), abs=1e-5)
+
+
+def test_named_source_that_a_position_cannot_attend_to_has_no_node(model: ResidentModel) -> None:
+    selection = Selection(only_sources=(HeadSource(0, 1, 3),))
+    found = run_trace(model, TraceSpec(IDS, positions=(2, 3), selection=selection))
+    values = [i for i, each in found.nodes.items() if each.node.kind is NodeKind.MEMORY_VALUE]
+    assert values == ["L0/p3/MEMORY_VALUE/h1/s3"]
+
+
 @pytest.mark.parametrize(
     ("selection", "field"),
     [
@@ -74,9 +116,13 @@ def test_named_heads_and_neurons_have_the_figures_of_the_whole_trace(model: Resi
         (Selection(only_heads=(Unit(0, 0, 0),)), "selection.only_heads[0].expert"),
         (Selection(only_neurons=(Unit(0, 99_999, 0),)), "selection.only_neurons[0].number"),
         (Selection(only_neurons=(Unit(0, 0, 99),)), "selection.only_neurons[0].expert"),
+        (Selection(only_sources=(HeadSource(99, 0, 0),)), "selection.only_sources[0].layer"),
+        (Selection(only_sources=(HeadSource(0, 9_999, 0),)), "selection.only_sources[0].head"),
+        (Selection(only_sources=(HeadSource(0, 0, 9),)), "selection.only_sources[0].position"),
+        (Selection(only_sources=(HeadSource(0, 0, -10),)), "selection.only_sources[0].position"),
     ],
 )
-def test_heads_and_neurons_that_the_model_lacks_are_refused(
+def test_parts_that_the_model_or_the_prompt_lacks_are_refused(
     selection: Selection, field: str, model: ResidentModel
 ) -> None:
     with pytest.raises(InvalidRequest) as refused:

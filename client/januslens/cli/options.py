@@ -270,6 +270,7 @@ def module_list(_ctx: click.Context, _param: click.Parameter, value: str | None)
 
 
 _UNIT = re.compile(r"(\d+)\.(\d+)")
+_SOURCE = re.compile(r"(\d+)\.(\d+)\.(-?\d+)")
 
 
 def unit_list(
@@ -280,6 +281,16 @@ def unit_list(
     if not all(matches):
         raise click.BadParameter(f"{value!r} is not a list of layer.number such as 9.6,9.9.")
     return [(int(match[1]), int(match[2])) for match in matches if match]
+
+
+def source_list(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> list[tuple[int, int, int]]:
+    """Parse sources of heads as layer.head.position: `9.6.2,9.6.3` is [(9, 6, 2), (9, 6, 3)]."""
+    matches = [_SOURCE.fullmatch(piece.strip()) for piece in value.split(",")] if value else []
+    if not all(matches):
+        raise click.BadParameter(f"{value!r} is not a list of layer.head.position such as 9.6.2.")
+    return [(int(match[1]), int(match[2]), int(match[3])) for match in matches if match]
 
 
 def number_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float]:

@@ -29,6 +29,7 @@ from januslens.cli.options import (
     rows_option,
     save_result,
     show_estimate,
+    source_list,
     unit_list,
     usage_errors,
     with_client,
@@ -98,6 +99,12 @@ from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHead
     callback=unit_list,
     metavar="LAYER.NEURON,...",
     help="Neurons to show instead.",
+)
+@click.option(
+    "--only-sources",
+    callback=source_list,
+    metavar="LAYER.HEAD.POSITION,...",
+    help="Source positions of heads to show instead, for example 9.6.2.",
 )
 @click.option(
     "--next-tokens",

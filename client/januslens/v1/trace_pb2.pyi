@@ -497,6 +497,7 @@ class Selection(_message.Message):
     BY_FIELD_NUMBER: _builtins.int
     ONLY_HEADS_FIELD_NUMBER: _builtins.int
     ONLY_NEURONS_FIELD_NUMBER: _builtins.int
+    ONLY_SOURCES_FIELD_NUMBER: _builtins.int
     heads: _builtins.int
     """Heads per layer and position, those with the largest score; unset = 10."""
     memory_values_per_head: _builtins.int
@@ -520,6 +521,14 @@ class Selection(_message.Message):
         Those of an expert get nodes where the router chose the expert.
         """
 
+    @_builtins.property
+    def only_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadSource]:
+        """Sources of heads that get nodes instead of those with the largest scores. Their heads get nodes
+        as those of `only_heads` do; a named head without a source here gets none. A source after a
+        traced position, or outside the window of its head, has no nodes there. INVALID_ARGUMENT for a
+        head that the model does not have, and for a position outside the prompt.
+        """
+
     def __init__(
         self,
         *,
@@ -530,10 +539,11 @@ class Selection(_message.Message):
         by: Global___SelectionCriterion.ValueType = ...,
         only_heads: _abc.Iterable[Global___Unit] | None = ...,
         only_neurons: _abc.Iterable[Global___Unit] | None = ...,
+        only_sources: _abc.Iterable[Global___HeadSource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "top_neurons", b"top_neurons"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "by", b"by", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "only_heads", b"only_heads", "only_neurons", b"only_neurons", "top_neurons", b"top_neurons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "by", b"by", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "only_heads", b"only_heads", "only_neurons", b"only_neurons", "only_sources", b"only_sources", "top_neurons", b"top_neurons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_neurons: _TypeAlias = _typing.Literal["bottom_neurons"]  # noqa: Y015
     _WhichOneofArgType__bottom_neurons: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons"]  # noqa: Y015
@@ -585,6 +595,36 @@ class Unit(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expert) -> _WhichOneofReturnType__expert | None: ...
 
 Global___Unit: _TypeAlias = Unit  # noqa: Y015
+
+@_typing.final
+class HeadSource(_message.Message):
+    """A position that a head of one layer attends to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """The layer, from 0, or negative from the last."""
+    head: _builtins.int
+    """The head, from 0."""
+    position: _builtins.int
+    """The source position in the prompt, from 0, or negative from the end."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        head: _builtins.int = ...,
+        position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "layer", b"layer", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadSource: _TypeAlias = HeadSource  # noqa: Y015
 
 @_typing.final
 class TraceResponse(_message.Message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -220,7 +221,11 @@ def add_attention(
         if within is not None:
             products = torch.einsum("kse,ke->ks", row.values[heads.pick], within[heads.pick])
             pattern = pattern * products
-        sources = largest(pattern, selection.memory_values_per_head)
+        listed = selection.sources_of(flow.layer)
+        if listed is None:
+            sources = _strongest(pattern, selection.memory_values_per_head, row.first)
+        else:
+            sources = _listed(listed, heads, row)
         _add_memories(flow, queries, head_outputs, outputs, row, weights, heads, sources)
     concat = _add_concat(flow, head_outputs, outputs, heads)
     return _add_result(flow, concat, row, weights, selection, result)
@@ -246,6 +251,51 @@ def _named(numbers: list[int], sizes: torch.Tensor) -> _Heads:
     if len(numbers) == len(sizes):
         return _Heads(numbers, slice(None))
     return _Heads(numbers, to_device(numbers, sizes.device))
+
+
+class _Sources(NamedTuple):
+    """The selected sources of the selected heads.
+
+    `places` has the positions of each head. `offsets` `[heads, width]` has the same sources,
+    counted from the first that heads attend to; rows of heads with fewer sources are padded. `real`
+    `[m]` are the indices of entries that are not padding, in the flattened `offsets`; None = all.
+    """
+
+    places: list[list[int]]
+    offsets: torch.Tensor
+    real: torch.Tensor | None
+
+    def flat(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `values` `[heads, width, ...]` as `[m, ...]`, without padding."""
+        values = values.flatten(0, 1)
+        return values if self.real is None else values[self.real]
+
+    def left_out(self, count: int) -> torch.Tensor:
+        """Return a mask `[heads, count]` that is True for sources that are not selected."""
+        if self.real is None:
+            return left_out(count, self.offsets)
+        mask = torch.ones(len(self.places), count, dtype=torch.bool, device=self.offsets.device)
+        rows = self.real // max(1, self.offsets.shape[1])
+        mask[rows, self.offsets.flatten()[self.real]] = False
+        return mask
+
+
+def _strongest(scores: torch.Tensor, count: int, first: int) -> _Sources:
+    """Select the sources of each head with the largest `scores` `[heads, sources]`."""
+    index = largest(scores, count)
+    return _Sources((first + index).tolist(), index, None)
+
+
+def _listed(listed: Mapping[int, list[int]], heads: _Heads, row: HeadRow) -> _Sources:
+    """Select sources by position, as far as the heads attend to them."""
+    attended = range(row.first, row.position + 1)
+    places = [[at for at in listed.get(head, ()) if at in attended] for head in heads.numbers]
+    width = max(map(len, places), default=0)
+    index = [[at - row.first for at in own] + [0] * (width - len(own)) for own in places]
+    real = [i * width + j for i, own in enumerate(places) for j in range(len(own))]
+    device = row.pattern.device
+    shape = len(places), width
+    return _Sources(places, to_device(index, device).reshape(shape), to_device(real, device))
 
 
 def _heads(flow: FlowBuilder, kind: NodeKind, heads: _Heads) -> NodeRun:
@@ -306,38 +356,40 @@ def _add_memories(
     row: HeadRow,
     weights: AttentionWeights,
     heads: _Heads,
-    sources: torch.Tensor,
+    sources: _Sources,
 ) -> None:
-    """Add keys and values of the selected `sources` `[heads, count]`, and the other sources."""
+    """Add keys and values of the selected sources, and the sum of the other sources."""
     pattern = row.pattern[heads.pick]
-    count = sources.shape[1]
-    maps = weights.output[heads.pick]
-    places = (row.first + sources).tolist()
-    attended = pattern.gather(1, sources).flatten()
+    maps, places, offsets = weights.output[heads.pick], sources.places, sources.offsets
+    attended = sources.flat(pattern.gather(1, offsets))
 
     def of_sources(vectors: torch.Tensor) -> torch.Tensor:
-        """Select the most attended sources from `[n_heads, sources, d_head]`."""
-        return vectors[heads.pick].gather(1, sources[:, :, None].expand(-1, -1, vectors.shape[2]))
+        """Select the sources from `[n_heads, sources, d_head]`."""
+        return vectors[heads.pick].gather(1, offsets[:, :, None].expand(-1, -1, vectors.shape[2]))
+
+    def of_each(ids: list[str]) -> list[str]:
+        """Repeat the id of each head for its sources."""
+        return [i for i, own in zip(ids, places, strict=True) for _ in own]
 
     key_ids = list[str]()
     if flow.shows(NodeKind.MEMORY_KEY):
         matching, queries = of_sources(row.matching), weights.query[heads.pick]
-        keys = torch.einsum("kse,kde->ksd", matching, queries).flatten(0, 1)
+        keys = sources.flat(torch.einsum("kse,kde->ksd", matching, queries))
         key_ids = flow.nodes([_memories(flow, NodeKind.MEMORY_KEY, heads, places)], keys)
-        asked = [query for query in head_queries for _ in range(count)]
-        flow.edges(EdgeKind.ATTEND, asked, key_ids, attended, attended)
+        flow.edges(EdgeKind.ATTEND, of_each(head_queries), key_ids, attended, attended)
     totals = outputs[heads.pick]
     if flow.shows(NodeKind.MEMORY_VALUE):
-        values = torch.einsum("kse,ked->ksd", of_sources(row.values), maps).flatten(0, 1)
+        values = sources.flat(torch.einsum("kse,ked->ksd", of_sources(row.values), maps))
         value_ids = flow.nodes([_memories(flow, NodeKind.MEMORY_VALUE, heads, places)], values)
         if key_ids:
             flow.edges(EdgeKind.RECALL, key_ids, value_ids, attended, attended)
-        whole = totals.repeat_interleave(count, dim=0)
-        written = [output for output in head_outputs for _ in range(count)]
+        whole = sources.flat(totals[:, None].expand(-1, offsets.shape[1], -1))
+        written = of_each(head_outputs)
         flow.parts(value_ids, written, attended[:, None] * values, whole, attended)
     replaced = "HEAD_RESULT" in row.acts.replaced
-    if (replaced or count < pattern.shape[1]) and flow.shows(NodeKind.OTHER):
-        rest = torch.where(left_out(pattern.shape[1], sources), pattern, 0.0)
+    most = min(map(len, places), default=0)
+    if (replaced or most < pattern.shape[1]) and flow.shows(NodeKind.OTHER):
+        rest = torch.where(sources.left_out(pattern.shape[1]), pattern, 0.0)
         if replaced:  # OTHER is also what an intervention put in place of the sources' values
             shown = torch.einsum("ks,kse->ke", pattern - rest, row.values[heads.pick])
             mixed = row.concat[heads.pick] - shown

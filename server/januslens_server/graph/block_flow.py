@@ -17,7 +17,7 @@ from januslens_server.graph.mlp import IN_MLP, add_mlp
 from januslens_server.graph.weighted_rows import Result
 from januslens_server.graph.weights import BlockWeights, Finish
 from januslens_server.results import EdgeKind, ModelFacts, NodeKind, NodeRun
-from januslens_server.specs import Selection, Unit
+from januslens_server.specs import Selection
 
 
 class _Kinds(NamedTuple):
@@ -269,11 +269,13 @@ def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mappin
     """Return the maximum number of nodes of each kind, for a position with `sources` sources."""
     heads = _picked(selection.heads, facts.n_heads)
     neurons = _neurons(selection, facts.d_mlp * max(1, facts.n_experts))
-    if selection.only_heads:
-        heads = _most_in_a_layer(selection.only_heads)
+    if selection.named_heads:
+        heads = _most_in_a_layer(layer for layer, _ in selection.named_heads)
     if selection.only_neurons:
-        neurons = _most_in_a_layer(selection.only_neurons)
+        neurons = _most_in_a_layer(unit.layer for unit in set(selection.only_neurons))
     memories = heads * _picked(selection.memory_values_per_head, sources)
+    if selection.only_sources:
+        memories = _most_in_a_layer(named.layer for named in set(selection.only_sources))
     return {
         **dict.fromkeys(_ONE_EACH, 1),
         **dict.fromkeys(_PER_HEAD, heads),
@@ -308,8 +310,8 @@ COARSE_NODES = dict.fromkeys(SUBLAYER_KINDS - {NodeKind.FINAL_NORM, NodeKind.PRE
 }
 
 
-def _most_in_a_layer(units: Iterable[Unit]) -> int:
-    return max(Counter(unit.layer for unit in set(units)).values())
+def _most_in_a_layer(layers: Iterable[int]) -> int:
+    return max(Counter(layers).values())
 
 
 def _neurons(selection: Selection, width: int) -> int:

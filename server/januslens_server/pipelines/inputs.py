@@ -34,6 +34,7 @@ from januslens_server.results import Level, MatrixKind, NodeKind, Token
 from januslens_server.specs import (
     Chat,
     GradientLensSpec,
+    HeadSource,
     KlDivergence,
     LogitDifference,
     Prompt,
@@ -183,7 +184,7 @@ def read_layers(
 
 
 def read_selection(model: ResidentModel, selection: Selection) -> Selection:
-    """Return a selection whose named heads and neurons have layers from 0.
+    """Return a selection whose named heads, neurons and sources have layers from 0.
 
     Raises `InvalidRequest` for a head or neuron that the model does not have.
     """
@@ -196,15 +197,45 @@ def read_selection(model: ResidentModel, selection: Selection) -> Selection:
         _unit(model, unit, f"selection.only_neurons[{i}]", facts.d_mlp, facts.n_experts)
         for i, unit in enumerate(selection.only_neurons)
     ]
-    return replace(selection, only_heads=tuple(heads), only_neurons=tuple(neurons))
+    sources = []
+    for i, (layer, head, position) in enumerate(selection.only_sources):
+        field, of_head = f"selection.only_sources[{i}]", Unit(layer, head)
+        found = _unit(model, of_head, field, facts.n_heads, number="head")
+        sources.append(HeadSource(found.layer, found.number, position))
+    return replace(
+        selection,
+        only_heads=tuple(heads),
+        only_neurons=tuple(neurons),
+        only_sources=tuple(sources),
+    )
 
 
-def _unit(model: ResidentModel, unit: Unit, field: str, count: int, experts: int = 0) -> Unit:
+def read_sources(selection: Selection, length: int) -> Selection:
+    """Return a selection whose named sources have positions from 0, in a prompt of this length.
+
+    Raises `InvalidRequest` for a position outside the prompt.
+    """
+    found = []
+    for i, named in enumerate(selection.only_sources):
+        field = f"selection.only_sources[{i}].position"
+        (position,) = read_positions((named.position,), False, length, field)
+        found.append(named._replace(position=position))
+    return replace(selection, only_sources=tuple(found))
+
+
+def _unit(
+    model: ResidentModel,
+    unit: Unit,
+    field: str,
+    count: int,
+    experts: int = 0,
+    number: str = "number",
+) -> Unit:
     """Return one of the `count` heads or neurons of a layer, or of each of its experts."""
     (layer,) = layers_with_parts(model, (unit.layer,), f"{field}.layer")
     if unit.number >= count:
         raise InvalidRequest(
-            f"{field}.number",
+            f"{field}.{number}",
             f"layer {layer} of {model.name} has no number {unit.number}; expected 0 to {count - 1}",
         )
     if unit.expert is None and experts:

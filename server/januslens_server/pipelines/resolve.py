@@ -47,6 +47,7 @@ from januslens_server.pipelines.inputs import (
     read_selection,
     read_single_target,
     read_sites_of,
+    read_sources,
     read_target,
 )
 from januslens_server.pipelines.interventions import OtherPrompts, read_interventions
@@ -258,13 +259,14 @@ def resolve_trace(
     with IndependentFields() as fields:
         fields.read(check_node_kinds, model, spec.node_kinds, layers, named=bool(spec.layers))
         positions = fields.read(read_positions, spec.positions, spec.all_positions, len(tokens))
+        selection = fields.read(read_sources, selection, len(tokens))
         targets = fields.read(_targets, model, spec, ids, target)
         interventions = fields.read(
             read_interventions, model, spec.interventions, len(tokens), others=others
         )
     return ResolvedTrace(
         model=model,
-        spec=spec,
+        spec=replace(spec, selection=selection),
         tokens=tokens,
         layers=layers,
         positions=positions,
@@ -278,7 +280,8 @@ def resolve_trace(
 def _traced_layers(model: ResidentModel, spec: TraceSpec) -> tuple[int, ...]:
     """Return the layers of a trace, by default those of the heads and neurons that it names."""
     selection = spec.selection
-    named = {unit.layer for unit in (*selection.only_heads, *selection.only_neurons)}
+    named = {unit.layer for unit in selection.only_neurons}
+    named.update(layer for layer, _ in selection.named_heads)
     return read_layers(model, spec.layers or tuple(named))
 
 

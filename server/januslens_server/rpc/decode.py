@@ -42,6 +42,7 @@ from januslens_server.specs import (
     ForwardShift,
     GenerateSpec,
     GradientLensSpec,
+    HeadSource,
     InterveneSpec,
     InterventionSpec,
     KlDivergence,
@@ -552,7 +553,10 @@ def _selection(message: trace_pb2.Selection) -> Selection:
     heads, neurons = (
         tuple(map(_unit, counts.pop(name, ()))) for name in ("only_heads", "only_neurons")
     )
-    return Selection(**counts, by=by, only_heads=heads, only_neurons=neurons)
+    sources = tuple(
+        HeadSource(each.layer, each.head, each.position) for each in counts.pop("only_sources", ())
+    )
+    return Selection(**counts, by=by, only_heads=heads, only_neurons=neurons, only_sources=sources)
 
 
 def _unit(message: trace_pb2.Unit) -> Unit:
@@ -673,6 +677,7 @@ BOUNDS: dict[str, int] = {
     "TraceRequest.interventions": 256,
     "Selection.only_heads": 4 * KIB,
     "Selection.only_neurons": 4 * KIB,
+    "Selection.only_sources": 4 * KIB,
     "TraceRequest.layers": 4 * KIB,
     "TraceRequest.model": 256,
     "TraceRequest.node_kinds": 64,
