@@ -262,6 +262,14 @@ MIXTURES = (
 )
 # Mixtures without an adapter: shared experts beside the routed ones, scaled or averaged.
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+LATENT_WIDTHS = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 SHARED_EXPERTS = (
     Case(
         "glm4_moe",
@@ -282,13 +290,8 @@ SHARED_EXPERTS = (
     Case(
         "deepseek_v3",
         "latent queries, YaRN",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 12,
-            "kv_lora_rank": 10,
-            "qk_nope_head_dim": 6,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
+        LATENT_WIDTHS
+        | {
             "n_routed_experts": 8,
             "n_group": 4,
             "topk_group": 2,
@@ -297,6 +300,23 @@ SHARED_EXPERTS = (
             "first_k_dense_replace": 1,
             "attention_bias": True,
             "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    Case(
+        "deepseek_v2",
+        "latent queries, complex rotation",
+        LATENT_WIDTHS
+        | {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
         },
     ),
     Case(
@@ -392,17 +412,96 @@ LATENT = (
     Case(
         "minicpm3",
         "latent queries",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 12,
-            "kv_lora_rank": 10,
-            "qk_nope_head_dim": 6,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
+        LATENT_WIDTHS,
+    ),
+)
+# Chunks, queries scaled by their position in a layer without rotation, and experts whose inputs are
+# weighted.
+LLAMA4 = (
+    Case(
+        "llama4_text",
+        "chunks, weighted inputs",
+        GROUPED
+        | {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 0, 1],
+            "moe_layers": [0, 1],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size_mlp": 24,
+            "attention_chunk_size": 5,
+            "floor_scale": 3,
+            "attention_bias": True,
         },
     ),
 )
-READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT
+# Mixtures that combine what the cases above have: which layers, routers and attention differ.
+ROUTED = {
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+}
+FOUR_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+BESIDE_FULL = {"sliding_window": WINDOW, "layer_types": ALTERNATING}
+COMBINED = tuple(
+    Case(family, "automatic", settings, length=6)
+    for family, settings in (
+        (
+            "afmoe",
+            GROUPED
+            | FOUR_EXPERTS
+            | BESIDE_FULL
+            | {"num_dense_layers": 1, "route_scale": 1.7, "mup_enabled": True},
+        ),
+        (
+            "aria_text",
+            {
+                "num_key_value_heads": 2,
+                "moe_num_experts": 4,
+                "moe_topk": 2,
+                "moe_num_shared_experts": 2,
+                "attention_bias": True,
+            },
+        ),
+        ("dots1", {"num_key_value_heads": 2, "norm_topk_prob": True} | ROUTED | BESIDE_FULL),
+        (
+            "ernie4_5_moe",
+            {
+                "num_key_value_heads": 2,
+                "moe_num_experts": 4,
+                "moe_k": 2,
+                "moe_num_shared_experts": 2,
+                "moe_intermediate_size": 16,
+                "moe_layer_start_index": 1,
+                "moe_layer_end_index": 1,
+                "use_bias": True,
+            },
+        ),
+        ("glm4_moe_lite", LATENT_WIDTHS | ROUTED),
+        ("hy_v3", GROUPED | FOUR_EXPERTS | {"num_shared_experts": 1, "attention_bias": True}),
+        ("mellum", GROUPED | FOUR_EXPERTS | BESIDE_FULL | {"mlp_layer_types": ["dense", "sparse"]}),
+        (
+            "phimoe",
+            {
+                "num_key_value_heads": 2,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "sliding_window": WINDOW,
+                "attention_bias": True,
+                "lm_head_bias": True,
+            },
+        ),
+        ("sarvam_mla", LATENT_WIDTHS | {"q_lora_rank": None} | ROUTED),
+        ("youtu", LATENT_WIDTHS | {"attention_bias": True}),
+    )
+)
+READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT + LLAMA4 + COMBINED
 MEASURED = CASES + MIXTURES + READ_BY_STRUCTURE
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
 

@@ -276,7 +276,8 @@ class _Seen:
     def _interface(self, forward: Any) -> Any:
         def watched(module: Any, query: Tensor, key: Tensor, *args: Any, **named: Any) -> Any:
             prescaled = named.get("scaling") == 1.0 and type(module).__name__ == "OPTAttention"
-            self.saw(module, query / module.scaling if prescaled else query, key)
+            unscaled = query / module.scaling if prescaled else query / _temperatures(module, query)
+            self.saw(module, unscaled, key)
             return forward(module, query, key, *args, **named)
 
         return watched
@@ -289,6 +290,15 @@ class _Seen:
             return forward(query, key, *args, **named)
 
         return watched
+
+
+def _temperatures(module: Any, query: Tensor) -> Tensor:
+    """What Llama 4 multiplies queries `[1, heads, pos, d_head]` by in layers without rotation."""
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return torch.ones(1)
+    positions = torch.arange(1, query.shape[2] + 1)
+    scales: Tensor = 1 + module.attn_scale * torch.log1p(positions // module.floor_scale)
+    return scales[:, None]
 
 
 def _bloom(attention: Any, fused: Tensor, _network: Any) -> tuple[Tensor, Tensor]:

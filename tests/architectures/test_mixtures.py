@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from januslens_server.errors import InvalidRequest
+from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.resolve import (
+    resolve_activations,
     resolve_gradient_lens,
     resolve_preview_edit,
     resolve_trace,
@@ -31,9 +33,11 @@ from januslens_server.results import (
     LayerGraph,
     MatrixKind,
     NodeKind,
+    SiteValues,
     TraceSummary,
 )
 from januslens_server.specs import (
+    ActivationsSpec,
     DescentStep,
     ForwardShift,
     GradientLensSpec,
@@ -47,7 +51,7 @@ from januslens_server.specs import (
     TraceSpec,
     Zero,
 )
-from tests.architectures.cases import MIXTURES, SHARED_EXPERTS, Case
+from tests.architectures.cases import LLAMA4, MIXTURES, SHARED_EXPERTS, Case
 from tests.architectures.tiny_models import plain, resident
 from tests.reference.interventions import experts_neurons, experts_output
 from tests.support.results import only
@@ -296,6 +300,66 @@ def test_descent_step_on_experts_equals_sgd_on_a_copy(
 
 
 MLP_MATRICES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@contextmanager
+def weighted_inputs_changed(network: Any) -> Iterator[list[Tensor]]:
+    """Change neurons 1 and 4 of Llama 4's experts 3 and 0; record the neurons `[E, pos, d_mlp]`."""
+    seen: list[Tensor] = []
+
+    def forward(experts: Any, read: Tensor) -> Tensor:
+        by_expert = read.view(experts.num_experts, -1, experts.hidden_size)
+        gate, up = torch.bmm(by_expert, experts.gate_up_proj).chunk(2, dim=-1)
+        neurons = experts.act_fn(gate) * up
+        factors = torch.ones_like(neurons)
+        factors[torch.tensor([3, 0])[:, None], :, [1, 4]] = -0.5
+        seen.append(neurons * factors)
+        return torch.bmm(seen[-1], experts.down_proj).view(-1, experts.hidden_size)
+
+    mixtures = [layer.feed_forward.experts for layer in network.model.layers if layer.is_moe_layer]
+    for experts in mixtures:
+        experts.forward = partial(forward, experts)
+    try:
+        yield seen
+    finally:
+        for experts in mixtures:
+            del experts.forward
+
+
+def test_neurons_of_experts_with_weighted_inputs_are_changed_and_edited_as_in_hugging_face() -> (
+    None
+):
+    (case,) = LLAMA4
+    change = InterventionSpec(
+        Site.NEURONS, Scale(-0.5), experts=(3, 0), neurons=(1, 4), layers=(0, 1)
+    )
+    with weighted_inputs_changed(plain(case)) as seen, torch.no_grad():
+        before = next_token(plain(case), case)
+    read = ActivationsSpec(
+        tuple(case.prompt), (Site.NEURONS,), (0, 1), float32=True, interventions=(change,)
+    )
+    values = [
+        event.data.view(np.float32).reshape(event.shape)
+        for event in activations(resolve_activations(resident(case), read), lambda: None)
+        if isinstance(event, SiteValues)
+    ]
+    for found, expected in zip(values, seen, strict=True):
+        np.testing.assert_allclose(found, expected.transpose(0, 1), rtol=1e-4, atol=1e-6)
+
+    edited, rate = copy.deepcopy(plain(case)), 0.1
+    with weighted_inputs_changed(edited):
+        (-next_token(edited, case)[TARGET]).backward()
+        with torch.no_grad():
+            for name, parameter in edited.named_parameters():
+                if name.removesuffix(".weight").endswith(MLP_MATRICES):
+                    parameter.sub_(rate * parameter.grad)
+            after = next_token(edited, case)
+    step = DescentStep((), (), rate)
+    spec = PreviewEditSpec(tuple(case.prompt), (TARGET,), step, interventions=(change,))
+    effect = only(preview_edit(resolve_preview_edit(resident(case), spec), lambda: None)).edited
+    assert effect.probability_before == pytest.approx(before[TARGET].exp().item(), rel=1e-5)
+    assert effect.probability_after == pytest.approx(after[TARGET].exp().item(), rel=1e-5)
+    assert effect.probability_after > effect.probability_before
 
 
 def next_token(network: Any, case: Case) -> Tensor:

@@ -11,10 +11,21 @@ import torch
 
 @dataclass(frozen=True)
 class Routing:
-    """The `experts` `[pos, k]` that each position is routed to, and their router `weights`."""
+    """The `experts` `[pos, k]` that each position is routed to, and their router `weights`.
+
+    The weights multiply the experts' results. `inputs` `[pos, k]` multiply what the experts read;
+    None means 1.
+    """
 
     experts: torch.Tensor
     weights: torch.Tensor
+    inputs: torch.Tensor | None = None
+
+    def read(
+        self, x: torch.Tensor, rows: torch.Tensor | int, slots: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Return what the experts in some slots read, given the MLP's input there."""
+        return x if self.inputs is None else x * self.inputs[rows, slots][..., None].to(x)
 
 
 # A function from the number of an expert, positions `[n]` and the expert's neurons there `[n,

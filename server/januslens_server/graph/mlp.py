@@ -96,7 +96,9 @@ class ExpertMlp:
         ids = acts.routing.experts[row].tolist()
         weights = acts.routing.weights[row].float()
         experts = [self.expert(i) for i in ids]
-        neurons = [expert.neurons(x) for expert in experts]
+        neurons = [
+            expert.neurons(acts.routing.read(x, row, slot)) for slot, expert in enumerate(experts)
+        ]
         if acts.neuron_change is not None:
             at = to_device([position], x.device)
             neurons = [

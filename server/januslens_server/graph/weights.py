@@ -21,17 +21,19 @@ from januslens_server.transfer import to_device
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """The factor `1 + beta log(1 + floor(p / length))` of the scores of a query at position p.
+    """The factor `1 + beta log(1 + floor((p + offset) / length))` of the scores of a query at p.
 
-    Source: Ministral 3, which scales attention beyond its original context of `length` positions.
+    Sources: Ministral 3, which scales attention beyond its original context of `length` positions,
+    and Llama 4, which counts positions from an `offset` of 1.
     """
 
     beta: float
     length: int
+    offset: int = 0
 
     def at(self, position: int) -> float:
         """Return the factor of the scores at a position."""
-        return 1 + self.beta * math.log(1 + position // self.length)
+        return 1 + self.beta * math.log(1 + (position + self.offset) // self.length)
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class Scoring:
     returns the position bias `[n_heads, sources]` for a number of sources. It is rounded as in the
     model: some models round it to half precision, which shifts it by more than a position. `sinks`
     `[n_heads]` are scores that take probability but have no value. In a layer with a `window`, a
-    position attends to that many positions, including itself. `query_scaling` multiplies the query
-    by a factor of its position. `query_norm` and `key_norm` are RMSNorms without a bias of the
-    rotated queries and keys.
+    position attends to that many positions, including itself. In a layer with a `chunk` (Llama 4),
+    the prompt is cut into chunks of that many positions, and a position attends to its own chunk.
+    `query_scaling` multiplies the query by a factor of its position. `query_norm` and `key_norm`
+    are RMSNorms without a bias of the rotated queries and keys.
     """
 
     scale: float
@@ -52,6 +55,7 @@ class Scoring:
     alibi: Callable[[int], torch.Tensor] | None = None
     sinks: torch.Tensor | None = None
     window: int | None = None
+    chunk: int | None = None
     query_scaling: QueryScaling | None = None
     query_norm: HeadNorm | None = None
     key_norm: HeadNorm | None = None
@@ -62,7 +66,8 @@ class Scoring:
 
     def first_source(self, position: int) -> int:
         """Return the first position that `position` attends to."""
-        return 0 if self.window is None else max(0, position + 1 - self.window)
+        first = 0 if self.window is None else max(0, position + 1 - self.window)
+        return first if self.chunk is None else max(first, position - position % self.chunk)
 
 
 def attention_row(
@@ -192,6 +197,8 @@ def _probabilities(
     hidden = sources > at[:, None]
     if scoring.window is not None:
         hidden |= sources <= at[:, None] - scoring.window
+    if scoring.chunk is not None:
+        hidden |= sources < (at - at % scoring.chunk)[:, None]
     scores = scores.masked_fill(hidden, -torch.inf)
     if hidden_sources is not None:
         mask = hidden_sources.mask(positions, len(scores), len(sources), scores.device)

@@ -58,6 +58,20 @@ class SharedExpert:
 
 
 @dataclass(frozen=True)
+class ExpertCall:
+    """One call of an expert's module, as far as it concerns one expert.
+
+    The expert reads `x` `[n, d_model]` in float32 at `positions` `[n]`. Its results, times
+    `weights` `[n, 1]`, are added to the `rows` `[n]` of what the module returns.
+    """
+
+    positions: torch.Tensor
+    rows: torch.Tensor
+    x: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of experts in transformers' layout.
 
@@ -68,6 +82,10 @@ class Experts:
     `module` is multiplied by `multiplier` before the `shared` expert's is added, whose number
     follows those of the others. `stored_as_rows`, `finish` and `added` are as in `Linear` and
     `Mlp`.
+
+    In Llama 4 the router's weights multiply what experts read instead of their results. `scores` is
+    then the tap of these weights `[pos, n_experts]`, which are 0 for all but `per_token` experts.
+    `module` reads and returns `[n_experts * pos, d_model]`, the rows of each expert in turn.
     """
 
     block: nn.Module
@@ -81,6 +99,8 @@ class Experts:
     shared: SharedExpert | None = None
     finish: Finish | None = None
     added: Tap | None = None
+    scores: Tap | None = None
+    per_token: int = 0
 
     @property
     def count(self) -> int:
@@ -119,6 +139,8 @@ class Experts:
             "expert_ids": Tap(self.module, End.INPUT, argument=1),
             "expert_weights": Tap(self.module, End.INPUT, argument=2),
         }
+        if self.scores is not None:
+            taps = {"expert_scores": self.scores}
         return taps if self.shared is None else taps | self.shared.taps
 
     @property
@@ -131,38 +153,67 @@ class Experts:
 
         Those are the routed ones, then the shared one.
         """
-        ids = captured.pop("expert_ids").detach()
-        weights = captured.pop("expert_weights").detach().float() * self.multiplier
+        inputs = None
+        if self.scores is None:
+            ids = captured.pop("expert_ids").detach()
+            weights = captured.pop("expert_weights").detach().float() * self.multiplier
+        else:
+            inputs, ids = captured.pop("expert_scores").detach().float().topk(self.per_token)
+            weights = torch.full_like(inputs, self.multiplier)
         if self.shared is None:
-            return Routing(ids, weights)
+            return Routing(ids, weights, inputs)
         opening = captured.pop("opening", None)
         own = self.shared.weights(None if opening is None else opening.detach(), weights)
         shared = torch.full_like(ids[:, :1], self.count)
-        return Routing(torch.cat([ids, shared], dim=1), torch.cat([weights, own], dim=1))
+        return Routing(
+            torch.cat([ids, shared], dim=1),
+            torch.cat([weights, own], dim=1),
+            None if inputs is None else torch.cat([inputs, torch.ones_like(own)], dim=1),
+        )
+
+    def call(self, args: Sequence[Any], index: int) -> ExpertCall:
+        """Return what the arguments of a call of `module` mean for one routed expert."""
+        x = nth_tensor(args)
+        if self.scores is not None:  # the rows of positions that are not routed to it are 0
+            own = x.unflatten(0, (self.count, -1))[index]
+            positions = torch.where(own.any(-1))[0]
+            read = own[positions].float()
+            rows_of = positions + index * len(own)
+            return ExpertCall(positions, rows_of, read, torch.ones_like(read[:, :1]))
+        ids, weights = (nth_tensor(args, n=n) for n in (1, 2))
+        positions, slots = torch.where(ids == index)
+        weight = weights[positions, slots, None].float()
+        return ExpertCall(positions, positions, x[positions].float(), weight)
 
     @property
     def neuron_taps(self) -> tuple[Tap, Tap]:
-        """Taps of the input `[pos, d_model]` and the experts `[pos, k]` that `neurons` needs."""
+        """Taps of the input and of the experts, or their `scores`, that `neurons` needs."""
+        if self.scores is not None:
+            return self.input, self.scores
         return Tap(self.module, End.INPUT), Tap(self.module, End.INPUT, argument=1)
 
     def neurons(
         self,
         x: torch.Tensor,
-        ids: torch.Tensor,
+        chosen: torch.Tensor,
         experts: Sequence[int],
         at: torch.Tensor,
         change: NeuronChange | None,
     ) -> torch.Tensor:
         """Return the neurons of routed experts `[pos, experts, d_mlp]` in float32.
 
-        They are 0 where a position is not routed to the expert. `x` `[pos, d_model]` and `ids`
-        `[pos, k]` are those of the positions `at` `[pos]`, `change` is that of interventions.
+        They are 0 where a position is not routed to the expert. `x` `[pos, d_model]` and `chosen`
+        are the tensors of `neuron_taps` at the positions `at` `[pos]`; `change` is that of
+        interventions.
         """
         found = torch.zeros(len(x), len(experts), self.width, device=x.device)
         for column, index in enumerate(experts):
-            rows_of = torch.where((ids == index).any(-1))[0]
+            scores = None if self.scores is None else chosen[:, index, None].float()
+            routed = (chosen == index).any(-1) if scores is None else scores[:, 0] > 0
+            rows_of = torch.where(routed)[0]
             if len(rows_of):
-                own = self.expert(index).neurons(x[rows_of].float())
+                read = x[rows_of].float() if scores is None else x[rows_of] * scores[rows_of]
+                own = self.expert(index).neurons(read)
                 own = own if change is None else change(index, at[rows_of], own)
                 found[rows_of, column] = own
         return found
@@ -267,13 +318,14 @@ class ExpertMatrices:
     ) -> dict[int | None, Factors]:
         """Factors by routed expert, from dL/d(MLP output) `[pos, d_model]`.
 
-        The VJPs contain the router's weight, the inputs do not (docs/semantics.md).
+        The VJPs contain the router's weight, the inputs do not, unless the weight multiplies what
+        an expert reads (docs/semantics.md).
         """
         x = rows(captured[self.experts.input]).detach()
         named = {name: captured[tap] for name, tap in self.experts.routing_taps.items()}
         routing = self.experts.routing(named)
         return {
-            expert: self._factors(expert, x, vjps, routing.experts == expert, routing.weights)
+            expert: self._factors(expert, x, vjps, routing)
             for expert in sorted(set(routing.experts.flatten().tolist()))
         }
 
@@ -282,13 +334,13 @@ class ExpertMatrices:
         index: int,
         x: torch.Tensor,
         vjps: torch.Tensor,
-        routed: torch.Tensor,
-        weights: torch.Tensor,
+        routing: Routing,
     ) -> Factors:
-        """Run one expert again, forward and backward, where it was `routed` `[pos, k]`."""
-        positions, slots = torch.where(routed)
+        """Run one expert again, forward and backward, where positions are routed to it."""
+        positions, slots = torch.where(routing.experts == index)
         expert = self.experts.expert(index)
-        own, delta = x[positions], vjps[positions] * weights[positions, slots, None]
+        own = routing.read(x[positions], positions, slots)
+        delta = vjps[positions] * routing.weights[positions, slots, None]
         with torch.enable_grad():
             gate, up = (v.detach().requires_grad_() for v in expert.gate_and_up(own.float()))
             neurons = expert.activation(gate, up)
@@ -338,8 +390,8 @@ class ExpertOverlay:
         return self.experts.module
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the experts' results `[pos, d_model]` with the changes applied."""
-        return _with_moved(args, output, self.changes, self._moved)
+        """What the module returns, with the changes applied."""
+        return _with_moved(self.experts, args, output, self.changes, self._moved)
 
     def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Difference that the changes make to one expert's result for `x` `[n, d_model]`."""
@@ -377,8 +429,8 @@ class NeuronOverlay:
         return self.experts.module
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the experts' results `[pos, d_model]` with the neurons changed."""
-        return _with_moved(args, output, self.numbers, self._moved)
+        """What the module returns, with the neurons changed."""
+        return _with_moved(self.experts, args, output, self.numbers, self._moved)
 
     def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         expert = self.experts.expert(index)
@@ -387,23 +439,21 @@ class NeuronOverlay:
 
 
 def _with_moved(
+    experts: Experts,
     args: tuple[Any, ...],
     output: torch.Tensor,
     numbers: Iterable[int],
     moved: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Add differences to the weighted sum of experts `[pos, d_model]`.
+    """Add differences to what the experts' module returned for its arguments.
 
     `moved` returns the difference of one expert's result, given its number, the positions that are
     routed to it and their inputs in float32.
     """
-    x, ids, weights = (nth_tensor(args, n=n) for n in range(3))
     added = torch.zeros(output.shape, device=output.device)
     for index in numbers:
-        positions, slots = torch.where(ids == index)
-        if len(positions):
-            own = weights[positions, slots, None].float()
-            added = added.index_add(
-                0, positions, own * moved(index, positions, x[positions].float())
-            )
+        call = experts.call(args, index)
+        if len(call.positions):
+            own = call.weights * moved(index, call.positions, call.x)
+            added = added.index_add(0, call.rows, own)
     return output + added.to(output.dtype)

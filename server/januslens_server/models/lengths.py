@@ -47,6 +47,7 @@ SHORT = {
 # Sizes of every miniature, by the names that families use.
 WIDTHS = {
     "intermediate_size": 24,
+    "intermediate_size_mlp": 24,
     "moe_intermediate_size": 16,
     "n_routed_experts": 4,
     "num_experts": 4,

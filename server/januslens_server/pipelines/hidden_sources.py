@@ -62,14 +62,15 @@ def check_sources_left(
     if not blocks:
         return
     together = [*always, *blocks]
-    checked: set[tuple[frozenset[Block], int | None]] = set()
+    checked: set[tuple[frozenset[Block], int | None, int | None]] = set()
     for layer, view in model.view.known.items():
         scoring = view.attention.scoring
         for head in range(view.attention.n_heads):
             chosen = frozenset(block for block in together if block.applies(layer, head))
-            if chosen.isdisjoint(blocks) or (chosen, scoring.window) in checked:
+            reach = (chosen, scoring.window, scoring.chunk)
+            if chosen.isdisjoint(blocks) or reach in checked:
                 continue
-            checked.add((chosen, scoring.window))
+            checked.add(reach)
             check_cancelled()
             for position, last in _without_sources([b for b in together if b in chosen], scoring):
                 raise InvalidRequest(

@@ -51,6 +51,9 @@ COARSE = 5e-2
 # The number of `pairings`.
 PAIRINGS = 4
 
+# The field of configurations with the length of the chunks into which Llama 4 cuts a prompt.
+CHUNK = "attention_chunk_size"
+
 # A function from length to rotation; None if queries and keys are not rotated.
 RotationOfLength = Callable[[int], Rotation] | None
 
@@ -59,10 +62,10 @@ RotationOfLength = Callable[[int], Rotation] | None
 class AttentionVariant:
     """A candidate for how a layer's attention works.
 
-    `window` is the field with the window's length, or None. `rotation` is an index into the layer's
-    `rotations`, `layout` one into the candidates for its linear maps. `capped` and `scaled` say
-    whether the layer uses the configuration's soft-cap of scores and its scaling of queries by
-    position.
+    `window` is the field with the length of the window or chunk, or None. `rotation` is an index
+    into the layer's `rotations`, `layout` one into the candidates for its linear maps. `capped` and
+    `scaled` say whether the layer uses the configuration's soft-cap of scores and its scaling of
+    queries by position.
     """
 
     window: Length | None
@@ -265,14 +268,17 @@ class Structure:
         return rotations(self._model, self._modules, layer, kind)
 
     def _block(self, layer: int, variant: AttentionVariant) -> Block:
-        window = None if variant.window is None else variant.window.of_layer(layer)
+        length = None if variant.window is None else variant.window.of_layer(layer)
+        chunked = variant.window is not None and variant.window.path[-1] == CHUNK
         rotation = self._rotations(layer)[variant.rotation]
         settings = replace(
             self.settings,
             soft_cap=self.settings.soft_cap if variant.capped else None,
             query_scaling=self.settings.query_scaling if variant.scaled else None,
+            window=None if chunked else length,
+            chunk=length if chunked else None,
         )
-        return self._finder(layer).block(settings, rotation, window, variant.layout)
+        return self._finder(layer).block(settings, rotation, variant.layout)
 
     def blocks(
         self, variants: list[AttentionVariant | str]
@@ -332,7 +338,9 @@ def _residual_multiplier(config: Any) -> float:
 
 
 def _query_scaling(config: Any) -> QueryScaling | None:
-    """Return how Ministral 3 scales queries beyond its original context, if so configured."""
+    """Return how Llama 4 and Ministral 3 scale queries by their position, if so configured."""
+    if getattr(config, "attn_temperature_tuning", False):
+        return QueryScaling(float(config.attn_scale), int(config.floor_scale), offset=1)
     rope = getattr(config, "rope_parameters", None) or {}
     beta, length = (
         rope.get(name) for name in ("llama_4_scaling_beta", "original_max_position_embeddings")
@@ -379,7 +387,10 @@ def _choices(rotary: Any, kind: str | None) -> list[dict[str, str]]:
 def _rotation(rotary: Any, which: dict[str, str], pairing: int, length: int) -> Rotation:
     device = next(rotary.buffers()).device
     positions = torch.arange(length, device=device)[None]
-    cos, sin = rotary(torch.empty(0, device=device), positions, **which)
+    turns = rotary(torch.empty(0, device=device), positions, **which)
+    if isinstance(turns, torch.Tensor):  # complex numbers, one for each pair
+        turns = (torch.cat([part, part], dim=-1) for part in (turns.real, turns.imag))
+    cos, sin = turns
     return pairings(cos[0], sin[0])[pairing]
 
 

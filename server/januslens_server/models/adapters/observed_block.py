@@ -38,6 +38,8 @@ class BlockSettings:
     soft_cap: float | None
     query_scaling: QueryScaling | None
     residual_multiplier: float
+    window: int | None = None
+    chunk: int | None = None
 
 
 class BlockFinder:
@@ -63,10 +65,9 @@ class BlockFinder:
         self,
         settings: BlockSettings,
         rotation: Callable[[int], Rotation] | None,
-        window: int | None,
         layout: int,
     ) -> Block:
-        """Build the block, with this `rotation`, `window` and `layout` of its attention."""
+        """Build the block, with this `rotation` and `layout` of its attention."""
         attention_norm = self._norm_giving(self._attention.input)
         mlp_norm = self._norm_giving(self._mlp.input)
         parallel = same_memory(self._mlp.input, self._attention.input) or (
@@ -76,7 +77,7 @@ class BlockFinder:
         finish, added = self._finish(settings, self._mlp.result)
         return Block(
             module=self._module,
-            attention=self._read_attention(settings, rotation, window, layout),
+            attention=self._read_attention(settings, rotation, layout),
             mlp=replace(self._mlp.parts, finish=finish, added=added),
             residual_mid=None if parallel else Tap(reader, End.INPUT),
             attention_prenorm=attention_norm is not None,
@@ -119,7 +120,6 @@ class BlockFinder:
         self,
         settings: BlockSettings,
         rotation: Callable[[int], Rotation] | None,
-        window: int | None,
         layout: int,
     ) -> Attention:
         found = self._attention
@@ -140,7 +140,8 @@ class BlockFinder:
                 scale=getattr(found.owner, "scaling", None) or d_head**-0.5,
                 soft_cap=settings.soft_cap,
                 sinks=getattr(found.owner, "sinks", None),
-                window=window,
+                window=settings.window,
+                chunk=settings.chunk,
                 query_scaling=settings.query_scaling,
                 query_norm=norms.rotated_query,
                 key_norm=norms.rotated_key,

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from januslens_server.capture import End, Tap
 from januslens_server.capture.hooks import Columns, rows, select
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.mlp import Activation, Expert
@@ -56,7 +57,7 @@ class FoundMlp:
 
 def linear(call: ModuleCall, columns: Columns | None = None) -> Linear:
     """Map the linear module of a call, or some of its output columns."""
-    return Linear(call.module, isinstance(call.module, Conv1D), columns)
+    return Linear(call.module, isinstance(call.module, Conv1D), columns, call.overwritten)
 
 
 def is_linear(call: ModuleCall) -> bool:
@@ -138,22 +139,49 @@ def _stacks_experts(module: nn.Module) -> bool:
 
 def _routed(whole: ModuleCall, call: ModuleCall, inside: Sequence[ModuleCall]) -> Experts:
     """Map the routed experts; their results must add up to what their module returned."""
-    module: Any = call.module
-    if not getattr(module, "has_gate", False) or len(call.tensors) != 3:
-        raise ModelFailed(f"{call.name} stores or calls its experts in an unknown way")
-    experts = stacked_experts(module, whole.module, None)
-    x, ids, weights = call.tensors
-    found = torch.zeros_like(x, dtype=torch.float32)
-    for index in set(ids.flatten().tolist()):
-        positions, slots = torch.where(ids == index)
-        result = _result(experts.expert(index), x[positions].float())
-        found.index_add_(0, positions, weights[positions, slots, None].float() * result)
+    if getattr(call.module, "has_gate", False) and len(call.tensors) == 3:
+        experts = stacked_experts(call.module, whole.module, None)
+    else:
+        experts = _with_weighted_inputs(whole, call, inside)
+    found = torch.zeros_like(call.output, dtype=torch.float32)
+    for index in range(experts.count):
+        one = experts.call(call.tensors, index)
+        if len(one.positions):
+            result = _result(experts.expert(index), one.x)
+            found.index_add_(0, one.rows, one.weights * result)
     error = difference(found, call.output)
     if not error <= TOLERANCE[call.output.dtype]:
         raise ModelFailed(
             f"the experts of {call.name} do not add up to its result (relative error {error:.2g})"
         )
     return replace(experts, router=_router(inside, experts.count))
+
+
+def _with_weighted_inputs(
+    whole: ModuleCall, call: ModuleCall, inside: Sequence[ModuleCall]
+) -> Experts:
+    """Map the experts of Llama 4, which read the MLP's input times the router's weights."""
+    module: Any = call.module
+    x, count = rows(whole.input), module.down_proj.shape[0]
+    for other in inside:
+        if len(call.tensors) != 1 or other.output.shape != (len(x), count):
+            continue
+        read = (other.output.T[:, :, None] * x).flatten(0, 1)
+        if difference(read, call.input) > TOLERANCE[x.dtype]:
+            continue
+        width = module.down_proj.shape[1]
+        return Experts(
+            block=whole.module,
+            module=module,
+            router=None,
+            stored_as_rows=True,
+            gate=range(width),
+            up=range(width, 2 * width),
+            activation=_times(module.act_fn),
+            scores=Tap(other.module, End.OUTPUT),
+            per_token=int((other.output > 0).sum(-1).max()),
+        )
+    raise ModelFailed(f"{call.name} stores or calls its experts in an unknown way")
 
 
 def _result(expert: Expert, x: torch.Tensor) -> torch.Tensor:
@@ -193,11 +221,12 @@ def _added_up(
     opening = next((other for other in maps if other.output.shape[-1] == 1), None)
     maps = [other for other in maps if other is not opening]
     routed, expected = rows(call.output).float(), rows(whole.output).float()
+    routed = routed.unflatten(0, (-1, len(expected))).sum(0)  # Llama 4 adds the experts outside
     factors = [*scales(config), HALF]
     errors: dict[tuple[float, float], float] = {}
     shared = torch.zeros_like(expected)
     if maps:
-        shared = rows(maps[-1].output).float()
+        shared = rows(maps[-1].given).float()
         if opening is not None:
             shared = shared * rows(opening.output).float().sigmoid()
     for one, other in product(factors, factors if maps else [1.0]):

@@ -25,14 +25,21 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 class ModuleCall:
     """One call of a module, with its first input and output tensor, `[batch, pos, ...]`.
 
-    `tensors` are all tensors among its arguments.
+    `given` is a copy of the output, made at the time. `tensors` are all tensors among the
+    arguments.
     """
 
     name: str
     module: nn.Module
     input: torch.Tensor
     output: torch.Tensor
+    given: torch.Tensor
     tensors: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the model changed the output in place after the call."""
+        return not torch.equal(self.output, self.given)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def _recorder(name: str, calls: list[ModuleCall]) -> Callable[..., None]:
         given = _first_float(output if isinstance(output, tuple | list) else [output])
         if taken is not None and given is not None:
             tensors = tuple(value for value in passed if isinstance(value, torch.Tensor))
-            calls.append(ModuleCall(name, module, taken, given, tensors))
+            calls.append(ModuleCall(name, module, taken, given, given.clone(), tensors))
 
     return record
 

@@ -160,7 +160,8 @@ def _final_norm(calls: Sequence[_Call], last: torch.Tensor) -> ModuleCall | None
             continue
         if isinstance(call.module, nn.Linear):
             continue
-        return ModuleCall(type(call.module).__name__, call.module, call.input, call.output)
+        name = type(call.module).__name__
+        return ModuleCall(name, call.module, call.input, call.output, call.output_then)
     return None
 
 
