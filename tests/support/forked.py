@@ -13,28 +13,36 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from unittest.mock import patch
 
-# Imported by the process that forks, see `_context`.
+from januslens_server.tuning import SPIN_COUNT
+
+# Imported by the process that forks, see `context`.
 PRELOADED = ["januslens_server.serving.assembly", "januslens_server.serving.process"]
+# OpenMP reads its variables when torch is imported: too early for those of a forked server. One
+# thread adds in the same order in every run, and leaves cores to the test process.
+OPENMP = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": SPIN_COUNT}
 PR_SET_PDEATHSIG = 1
 
 
 @cache
-def _context() -> ForkServerContext:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+def context() -> ForkServerContext:
+    server = get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, OPENMP):
+        forkserver.ensure_running()
+    return server
 
 
 class ForkedServer:
     """A forked `januslens-server` with the part of `subprocess.Popen` that the tests use."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        log, output = _context().Pipe(duplex=False)
-        self._process = _context().Process(
+        log, output = context().Pipe(duplex=False)
+        self._process = context().Process(
             target=_serve, args=(list(arguments), dict(environment), output)
         )
         with log, output:
