@@ -137,7 +137,8 @@ def test_the_base_and_its_loras_share_one_copy_of_the_weights(tmp_path: Path) ->
 def sent_components(matrix: GradientMatrix) -> list[gradient_lens_pb2.Component]:
     """Return the components of a matrix as a client receives them."""
     encoder = GradientLensEncoder("r1", lambda token_id: Token(token_id, "", b""))
-    return [part for response in encoder.encode(matrix) for part in response.matrix.components]
+    responses = map(gradient_lens_pb2.GradientLensResponse.FromString, encoder.encode(matrix))
+    return [part for response in responses for part in response.matrix.components]
 
 
 @pytest.mark.parametrize("case", [LLAMA, GPT2], ids=lambda case: case.id)

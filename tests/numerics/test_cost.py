@@ -41,6 +41,7 @@ from januslens_server.rpc.encode import (
     InterveneEncoder,
     TraceEncoder,
 )
+from januslens_server.rpc.wire import serialized
 from januslens_server.specs import (
     ActivationsSpec,
     BlockSources,
@@ -226,7 +227,7 @@ def ratios(model: ResidentModel, spec: Spec, counts: Counter[str]) -> dict[str, 
         if isinstance(event, LayerGraph):
             counts["vectors"] += int(event.projections.projected.sum())
             counts["nodes"] += len(event.nodes)
-        counts["stream"] += sum(message.ByteSize() for message in encoder.encode(event))
+        counts["stream"] += sum(len(serialized(message)) for message in encoder.encode(event))
 
     run(model, spec)  # allocates the buffers that all requests of a thread share
     asked, done = demand(model, spec), work(steps(model, spec), count)

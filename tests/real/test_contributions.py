@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from januslens import Trace
 from januslens.assemblers import TraceAssembler
+from januslens.v1 import trace_pb2
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
@@ -30,7 +31,7 @@ def traced() -> Trace:
     assembler = TraceAssembler()
     for event in trace(resolve_trace(resident, spec), lambda: None):
         for response in encoder.encode(event) if event else ():
-            assembler.feed(response)
+            assembler.feed(trace_pb2.TraceResponse.FromString(response))
     return assembler.result()
 
 

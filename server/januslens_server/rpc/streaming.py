@@ -90,7 +90,7 @@ class DeviceStreams:
     async def write(
         self,
         results: AsyncGenerator[Result],
-        encode: Callable[[Result], Iterable[Message]],
+        encode: Callable[[Result], Iterable[Message | bytes]],
         call: Call,
     ) -> None:
         """Encode results in a worker thread and write them to the caller.
@@ -177,7 +177,9 @@ def _forget(write: asyncio.Future[None]) -> None:
         write.exception()
 
 
-def _serialized(encode: Callable[[Result], Iterable[Message]], result: Result) -> list[bytes]:
+def _serialized(
+    encode: Callable[[Result], Iterable[Message | bytes]], result: Result
+) -> list[bytes]:
     """Encode and serialize; runs in a thread, to keep the event loop free for health checks."""
     return [serialized(message) for message in encode(result)]
 

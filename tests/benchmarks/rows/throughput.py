@@ -36,11 +36,7 @@ def measure(bench: Bench) -> Iterator[Row]:
 
     def encoded() -> list[bytes]:
         encoder = TraceEncoder("benchmark", model.vocabulary.token)
-        return [
-            message.SerializeToString(deterministic=True)
-            for event in events
-            for message in encoder.encode(event)
-        ]
+        return [message for event in events for message in encoder.encode(event)]
 
     taken = interleaved(
         {

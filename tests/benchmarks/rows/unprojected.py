@@ -18,6 +18,7 @@ from januslens_server.pipelines.resolve import resolve_activations, resolve_trac
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, NodeKind, TraceEvent
 from januslens_server.rpc.encode import ActivationsEncoder, TraceEncoder
+from januslens_server.rpc.wire import serialized
 from januslens_server.specs import ActivationsSpec, LensSpec, Selection, Site, TraceSpec
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.report import Row
@@ -92,7 +93,7 @@ def _patterns(model: ResidentModel, ids: Sequence[int]) -> list[bytes]:
     encoder = ActivationsEncoder("benchmark")
     spec = ActivationsSpec(tuple(ids), (Site.ATTENTION_PATTERN,))
     return [
-        message.SerializeToString(deterministic=True)
+        serialized(message)
         for event in activations(resolve_activations(model, spec), _go_on)
         for message in encoder.encode(event)
     ]
@@ -101,7 +102,7 @@ def _patterns(model: ResidentModel, ids: Sequence[int]) -> list[bytes]:
 def _encoded(model: ResidentModel, events: Iterable[TraceEvent | None]) -> list[bytes]:
     encoder = TraceEncoder("benchmark", model.vocabulary.token)
     return [
-        message.SerializeToString(deterministic=True)
+        serialized(message)
         for event in events
         if event is not None
         for message in encoder.encode(event)

@@ -13,8 +13,10 @@ from januslens.v1 import common_pb2, trace_pb2
 from januslens_server.results import (
     EdgeKind,
     Edges,
+    Gradients,
     LayerGraph,
     Node,
+    NodeColumn,
     NodeKind,
     NodeRun,
     Nodes,
@@ -49,13 +51,7 @@ def cut(
     nodes: Sequence[Named], limit: int, read_token: ReadToken = token
 ) -> list[trace_pb2.LayerGraph]:
     """Return nodes by name, each with its tokens, in as many bodies as needed."""
-    bodies: list[trace_pb2.LayerGraph] = []
-
-    def new() -> trace_pb2.LayerGraph:
-        bodies.append(trace_pb2.LayerGraph())
-        return bodies[-1]
-
-    pieces = Pieces(new, TokenTexts(read_token), limit)
+    pieces = Pieces(trace_pb2.LayerGraph(), TokenTexts(read_token), limit)
     columns = Columns(trace_pb2.Node, len(nodes))
     columns.texts("id", [name for name, _ in nodes])
     ids = np.array([listed for _, listed in nodes], np.int64).reshape(
@@ -66,7 +62,8 @@ def cut(
     reading = Reading.of(replace(listing, bottom_ids=ids[:, :0]))
     reading.add_to(columns, "projection")
     pieces.extend(Parts(trace_pb2.LayerGraph, "nodes", columns), [reading])
-    return bodies
+    bodies = pieces.messages(trace_pb2.LayerGraph())
+    return [trace_pb2.LayerGraph.FromString(body) for body in bodies]
 
 
 def present(message: Any) -> set[str]:
@@ -173,8 +170,12 @@ def layer(n: int, *, last: bool = True) -> LayerGraph:
     )
 
 
+def gradients(n: int) -> Gradients:
+    return Gradients(np.ones(n, np.float32), np.arange(n) - 1, table(n - 1))
+
+
 def encoded(graph: LayerGraph) -> Iterator[trace_pb2.TraceResponse]:
-    return TraceEncoder("id-1", token).encode(graph)
+    return map(trace_pb2.TraceResponse.FromString, TraceEncoder("id-1", token).encode(graph))
 
 
 def test_a_large_layer_is_cut_with_its_end_in_the_last_message() -> None:
@@ -190,6 +191,37 @@ def test_a_large_layer_is_cut_with_its_end_in_the_last_message() -> None:
     for message in messages:
         sent.update(node.id for node in message.layer.nodes)
         assert all({edge.source, edge.target} <= sent for edge in message.layer.edges)
+
+
+@pytest.mark.parametrize("nodes", [3, 6000])
+def test_bytes_are_those_of_protocol_buffers(nodes: int) -> None:
+    """Fields are in the order of their numbers, and zeros of fields without presence are absent."""
+    graph = replace(layer(nodes), gradients=gradients(nodes))
+    graph.nodes.coordinates[:, NodeColumn.MEMBERS :] = (2, 2**60)
+    for message in TraceEncoder("id-1", token).encode(graph):
+        parsed = trace_pb2.TraceResponse.FromString(message)
+        assert parsed.SerializeToString(deterministic=True) == message
+        assert parsed.layer.nodes or parsed.layer.edges
+
+
+def test_a_cached_text_is_that_of_its_own_vocabulary() -> None:
+    def other(token_id: int) -> Token:
+        return Token(token_id, "other", b"other")
+
+    for read_token in (token, other, token):
+        (body,) = cut([("n", [1, 300])], 10**6, read_token)
+        assert list(body.tokens) == [token_message(read_token(i)) for i in (1, 300)]
+
+
+def test_texts_beyond_the_cache_are_encoded_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("januslens_server.rpc.encode.messages.ENTRIES", 1)
+
+    def own(token_id: int) -> Token:
+        return token(token_id)
+
+    for _ in range(2):
+        (body,) = cut([("n", [1, 2, 3])], 10**6, own)
+        assert list(body.tokens) == [token_message(token(i)) for i in (1, 2, 3)]
 
 
 def test_unfinished_layer_has_no_last_message() -> None:

@@ -24,9 +24,9 @@ VARINT, LENGTH_DELIMITED, FIXED_32 = 0, 2, 5
 
 
 class Block(NamedTuple):
-    """Bytes `[n, width]`, and a mask that marks those in use; None means all of them.
+    """Bytes `[n, width]`, or `[1, width]` if all rows are equal, and a mask of those in use.
 
-    The mask is `[n, width]`, or `[n, 1]` if all bytes of a row are in use or none.
+    The mask is `[n, width]`, or `[n, 1]` if all bytes of a row are in use or none; None means all.
     """
 
     data: Bytes
@@ -34,17 +34,22 @@ class Block(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """Bytes in consecutive blocks, and the number of bytes in use in each row `[n]`.
+    """Bytes in consecutive blocks, and the number of bytes in use in each row.
 
-    Blocks are joined only once, when all fields of the outermost message are known.
+    `lengths` is `[n]`, or one number for all rows. Blocks are joined only once, when all fields of
+    the outermost message are known.
     """
 
     blocks: list[Block]
-    lengths: Integers
+    lengths: Integers | int
 
-    def joined(self) -> tuple[Bytes, Flags]:
-        """Return all bytes in one matrix, with a mask of its shape."""
-        count, width = len(self.lengths), sum(block.data.shape[1] for block in self.blocks)
+    def joined(self, count: int) -> tuple[Bytes, Flags]:
+        """Return all bytes of `count` rows in one matrix, with a mask of its shape."""
+        if len(self.blocks) == 1 and self.blocks[0].used is not None:
+            return self.blocks[0].data, np.broadcast_to(
+                self.blocks[0].used, self.blocks[0].data.shape
+            )
+        width = sum(block.data.shape[1] for block in self.blocks)
         data, used = np.empty((count, width), np.uint8), np.ones((count, width), np.bool_)
         start = 0
         for block in self.blocks:
@@ -57,16 +62,17 @@ class Cells(NamedTuple):
 
 
 class Columns:
-    """The fields of n messages, added by name, column by column.
+    """The fields of n messages, added by name, column by column, in any order.
 
-    `present` `[n]` says which messages have the field; None means all of them.
+    `present` `[n]` says which messages have the field; None means all of them. Zeros of fields that
+    are not `optional` are left out, as protocol buffers do.
     """
 
     def __init__(self, message: type[Message], count: int) -> None:
         self._message = message
         self._fields = message.DESCRIPTOR.fields_by_name
         self._count = count
-        self._blocks: list[Block] = []
+        self._blocks: dict[int, list[Block]] = {}
         self._lengths = np.zeros(count, np.int64)
 
     def __len__(self) -> int:
@@ -75,13 +81,26 @@ class Columns:
 
     def unsigned(self, field: str, values: Integers, present: Flags | None = None) -> None:
         """Add integers `[n]`, which are not negative where they are present."""
+        present = self._not_zero(field, values, present)
         if present is not None:
+            if not present.any():
+                return
             values = np.where(present, values, 0)
         self._keyed(field, VARINT, varints(values), present)
 
     def floats(self, field: str, values: NDArray[Any], present: Flags | None = None) -> None:
         """Add float32 numbers `[n]`."""
-        self._keyed(field, FIXED_32, _floats(values[:, None]), present)
+        values = np.ascontiguousarray(values, "<f4")
+        present = self._not_zero(field, values.view(np.uint32), present)
+        if present is None or present.any():
+            self._keyed(field, FIXED_32, _floats(values[:, None]), present)
+
+    def _not_zero(self, field: str, values: NDArray[Any], present: Flags | None) -> Flags | None:
+        """Leave out the zeros of a field that is not optional."""
+        if self._fields[field].has_presence or np.count_nonzero(values) == self._count:
+            return present
+        given: Flags = values != 0
+        return given if present is None else present & given
 
     def texts(self, field: str, values: Sequence[str]) -> None:
         """Add ASCII strings."""
@@ -94,7 +113,8 @@ class Columns:
     def unsigned_lists(self, field: str, values: Integers, present: Flags | None = None) -> None:
         """Add packed lists `[n, k]` of integers that are not negative."""
         if values.shape[1]:
-            self.delimited(field, _side_by_side(varints(values.ravel()), self._count), present)
+            cells = _side_by_side(varints(values.ravel()), *values.shape)
+            self.delimited(field, cells, present)
 
     def float_lists(self, field: str, values: NDArray[Any], present: Flags | None = None) -> None:
         """Add packed lists `[n, k]` of float32 numbers."""
@@ -106,34 +126,40 @@ class Columns:
         if len(elements):
             framed = Columns(self._message, len(elements))
             framed.delimited(field, elements.cells())
-            self._add(_side_by_side(framed.cells(), self._count), None)
+            each = len(elements) // self._count
+            self._add(field, _side_by_side(framed.cells(), self._count, each), None)
 
     def delimited(self, field: str, content: Cells, present: Flags | None = None) -> None:
         """Add strings, bytes, packed lists or messages by their bytes."""
-        length = varints(content.lengths)
+        if isinstance(content.lengths, int):
+            length = _constant(varint(content.lengths))
+        else:
+            length = varints(content.lengths)
         both = Cells(length.blocks + content.blocks, length.lengths + content.lengths)
         self._keyed(field, LENGTH_DELIMITED, both, present)
 
     def cells(self) -> Cells:
-        """Return the bytes of the messages."""
-        return Cells(self._blocks, self._lengths)
+        """Return the bytes of the messages, with fields in the order of their numbers."""
+        blocks = [block for number in sorted(self._blocks) for block in self._blocks[number]]
+        return Cells(blocks, self._lengths)
 
     def _keyed(self, field: str, wire: int, content: Cells, present: Flags | None) -> None:
         """Add a field, whose number must be below 16, with the bytes of its value."""
-        key = np.full((self._count, 1), self._fields[field].number << 3 | wire, np.uint8)
-        self._add(Cells([Block(key, None), *content.blocks], content.lengths + 1), present)
+        key = _constant(bytes([self._fields[field].number << 3 | wire]))
+        self._add(field, Cells(key.blocks + content.blocks, content.lengths + 1), present)
 
-    def _add(self, content: Cells, present: Flags | None) -> None:
+    def _add(self, field: str, content: Cells, present: Flags | None) -> None:
         """Add bytes to the messages that are `present`."""
+        blocks = self._blocks.setdefault(self._fields[field].number, [])
         if present is None or present.all():
-            self._blocks += content.blocks
+            blocks += content.blocks
             self._lengths = self._lengths + content.lengths
         elif present.any():
             rows = present[:, None]
-            self._blocks += [
+            blocks += [
                 Block(data, rows if used is None else used & rows) for data, used in content.blocks
             ]
-            self._lengths = self._lengths + np.where(present, content.lengths, 0)
+            self._lengths = self._lengths + content.lengths * present
 
 
 class Parts:
@@ -141,42 +167,68 @@ class Parts:
 
     def __init__(self, message: type[Message], field: str, elements: Columns) -> None:
         """Encode `elements`, messages of the repeated `field` of `message`."""
-        content = elements.cells()
-        self.sizes = content.lengths
-        framed = Columns(message, len(elements))
+        count, content = len(elements), elements.cells()
+        self.field = field
+        self.sizes = np.zeros(count, np.int64) + content.lengths
+        framed = Columns(message, count)
         framed.delimited(field, content)
-        data, used = framed.cells().joined()
+        data, used = framed.cells().joined(count)
         self._bytes = data[used].tobytes()
-        self._ends = np.concatenate([[0], framed.cells().lengths.cumsum()])
+        self._ends = np.concatenate([[0], np.cumsum(framed.cells().lengths)])
 
     def between(self, start: int, stop: int) -> bytes:
         """Return a message with the elements `start` to `stop`, as bytes."""
         return self._bytes[int(self._ends[start]) : int(self._ends[stop])]
 
 
+def key(message: type[Message], field: str) -> bytes:
+    """Return what precedes each value of a field of variable length; its number is below 16."""
+    return bytes([message.DESCRIPTOR.fields_by_name[field].number << 3 | LENGTH_DELIMITED])
+
+
+def with_length(content: bytes) -> bytes:
+    """Return bytes after their length, as the value of a field."""
+    return varint(len(content)) + content
+
+
+def varint(value: int) -> bytes:
+    """Return an integer that is not negative as bytes, 7 bits in each."""
+    groups = []
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])
+
+
 def varints(values: Integers) -> Cells:
-    """Return integers `[n]` that are not negative as bytes, 7 bits in each."""
+    """Return integers `[n]` as `varint` does."""
     width = max(1, -(-int(values.max(initial=0)).bit_length() // 7))
     if width == 1:
-        return Cells(
-            [Block(values.astype(np.uint8)[:, None], None)], np.ones(len(values), np.int64)
-        )
+        return Cells([Block(values.astype(np.uint8)[:, None], None)], 1)
     groups = values[:, None] >> (7 * np.arange(width))
     used = groups > 0
     used[:, 0] = True
     data = (groups & 0x7F).astype(np.uint8)
     data[:, :-1] |= used[:, 1:].astype(np.uint8) << 7  # another byte follows
-    return Cells([Block(data, used)], used.sum(1))
+    return Cells([Block(data, used)], np.add.reduce(used, 1, dtype=np.int64))
+
+
+def _constant(content: bytes) -> Cells:
+    """Return the same bytes in every row."""
+    return Cells([Block(np.frombuffer(content, np.uint8)[None], None)], len(content))
 
 
 def _floats(values: NDArray[Any]) -> Cells:
     """Return numbers `[n, k]` as little-endian float32."""
     data = np.ascontiguousarray(values, "<f4").view(np.uint8)
-    return Cells([Block(data, None)], np.full(len(values), data.shape[1]))
+    return Cells([Block(data, None)], data.shape[1])
 
 
-def _side_by_side(cells: Cells, count: int) -> Cells:
-    """Return rows `[count * k]` as `count` rows with the bytes of k consecutive ones."""
-    data, used = cells.joined()
-    lengths = cells.lengths.reshape(count, -1).sum(1)
+def _side_by_side(cells: Cells, count: int, each: int) -> Cells:
+    """Return rows `[count * each]` as `count` rows with the bytes of `each` consecutive ones."""
+    data, used = cells.joined(count * each)
+    if isinstance(cells.lengths, int):
+        lengths: Integers | int = each * cells.lengths
+    else:
+        lengths = cells.lengths.reshape(count, each).sum(1)
     return Cells([Block(data.reshape(count, -1), used.reshape(count, -1))], lengths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -33,10 +34,9 @@ from januslens_server.rpc.encode.messages import (
     tensor_columns,
     tensor_message,
     time_messages,
+    with_body,
 )
-
-Response = gradient_lens_pb2.GradientLensResponse
-MatrixPieces = Pieces[gradient_lens_pb2.GradientMatrix]
+from januslens_server.rpc.wire import serialized
 
 
 class GradientLensEncoder:
@@ -48,17 +48,21 @@ class GradientLensEncoder:
         self._texts = TokenTexts(read_token)
         self._sequence = itertools.count()
 
-    def encode(self, event: GradientEvent) -> Iterator[Response]:
+    def encode(self, event: GradientEvent) -> Iterator[bytes]:
         """Yield the messages of one event, in the order in which they must be sent."""
         if isinstance(event, GradientHeader):
-            yield Response(sequence=next(self._sequence), header=self._header(event))
+            yield serialized(self._response(header=self._header(event)))
         elif isinstance(event, GradientSummary):
-            yield Response(sequence=next(self._sequence), summary=_summary(event))
+            yield serialized(self._response(summary=_summary(event)))
         elif isinstance(event, AttentionGradient):
             for piece in _attention(event):
-                yield Response(sequence=next(self._sequence), attention=piece)
+                yield serialized(self._response(attention=piece))
         else:
-            yield from self._matrix(event)
+            for body in self._matrix(event):
+                yield with_body(self._response(), "matrix", body)
+
+    def _response(self, **event: Any) -> gradient_lens_pb2.GradientLensResponse:
+        return gradient_lens_pb2.GradientLensResponse(sequence=next(self._sequence), **event)
 
     def _header(self, header: GradientHeader) -> gradient_lens_pb2.GradientHeader:
         return gradient_lens_pb2.GradientHeader(
@@ -76,26 +80,23 @@ class GradientLensEncoder:
             tokens=self._texts.texts([*header.target_token_ids, header.predicted_token_id]),
         )
 
-    def _matrix(self, matrix: GradientMatrix) -> list[Response]:
+    def _matrix(self, matrix: GradientMatrix) -> list[bytes]:
         """Encode a matrix; every message identifies it, and the last one has the verification."""
-        responses: list[Response] = []
-
-        def new() -> gradient_lens_pb2.GradientMatrix:
-            responses.append(Response(sequence=next(self._sequence), matrix=_frame(matrix)))
-            return responses[-1].matrix
-
-        pieces = Pieces(new, self._texts)
+        pieces = Pieces(_frame(matrix), self._texts)
         _add_components(matrix.components, matrix.lora, pieces)
         if matrix.spectrum is not None:
             _add_spectrum(matrix.spectrum, pieces)
         if matrix.neurons is not None:
             _add_neurons(matrix.neurons, pieces)
-        ending = responses[-1].matrix
-        ending.last = True
+        verification = None
         if matrix.verification is not None:
-            ending.verification.relative_error = matrix.verification.measured_error
-            ending.verification.tolerance = matrix.verification.tolerance
-        return responses
+            verification = gradient_lens_pb2.Verification(
+                relative_error=matrix.verification.measured_error,
+                tolerance=matrix.verification.tolerance,
+            )
+        return pieces.messages(
+            gradient_lens_pb2.GradientMatrix(last=True, verification=verification)
+        )
 
 
 # Elements of each of the three tensors in a message; with the rest they stay within 1 MiB.
@@ -147,9 +148,7 @@ COLUMN_BYTES = 2**20
 COMPONENT_BYTES = 512
 
 
-def _add_components(
-    components: Components, lora: LoraGradient | None, pieces: MatrixPieces
-) -> None:
+def _add_components(components: Components, lora: LoraGradient | None, pieces: Pieces) -> None:
     factors = {"input": components.inputs, "vjp": components.vjps}
     if lora is not None:
         factors |= {"lora_a_vjp": lora.a_vjps, "lora_b_input": lora.b_inputs}
@@ -181,7 +180,7 @@ def _components(components: Components, part: slice, reading: Reading) -> Column
     return columns
 
 
-def _add_spectrum(spectrum: Spectrum, pieces: MatrixPieces) -> None:
+def _add_spectrum(spectrum: Spectrum, pieces: Pieces) -> None:
     reading = Reading.of(spectrum.projections)
     columns = Columns(gradient_lens_pb2.Singular, len(spectrum.values))
     columns.floats("value", spectrum.values)
@@ -191,7 +190,7 @@ def _add_spectrum(spectrum: Spectrum, pieces: MatrixPieces) -> None:
     pieces.extend(Parts(gradient_lens_pb2.GradientMatrix, "spectrum", columns), [reading])
 
 
-def _add_neurons(changes: NeuronChanges, pieces: MatrixPieces) -> None:
+def _add_neurons(changes: NeuronChanges, pieces: Pieces) -> None:
     tables = {"before": changes.before, "change": changes.change}
     if changes.after is not None:
         tables["after"] = changes.after

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from itertools import chain
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from januslens.v1 import (
@@ -39,42 +41,21 @@ from januslens_server.results import (
     Token,
 )
 from januslens_server.rpc.admission import Estimate
-from januslens_server.rpc.encode.columns import Columns, Parts
+from januslens_server.rpc.encode.columns import Columns, Parts, key, with_length
 from januslens_server.rpc.status import limit_message, limit_number
 
 # A message is full at half of the contract's 1 MiB, which leaves room for the last part, the texts
 # of its tokens and the envelope.
 PIECE_BYTES = 512 * 1024
-# Maximum number of cached messages of vocabulary entries, about 200 bytes each.
+# Maximum number of encoded tokens kept for a vocabulary, about 200 bytes each.
 ENTRIES = 2**16
 # Bytes of a part's tag and length.
 FRAME_BYTES = 8
 
-if TYPE_CHECKING:
-    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
-
 ReadToken = Callable[[int], Token]
 
-
-class Body(Protocol):
-    """A message with the texts of those tokens that its stream has not sent before."""
-
-    @property
-    def tokens(self) -> RepeatedCompositeFieldContainer[common_pb2.Token]:
-        """Vocabulary entries that no earlier message has."""
-
-    def MergeFromString(self, serialized: bytes) -> int:
-        """Add the fields of an encoded message."""
-
-
-BodyT = TypeVar("BodyT", bound=Body)
-
-
-class Entry(NamedTuple):
-    """A vocabulary entry as a message, and its size in bytes inside another message."""
-
-    message: common_pb2.Token
-    size: int
+# The encoded tokens of each vocabulary by id, because streams contain the same tokens many times.
+_ENCODED: WeakKeyDictionary[ReadToken, dict[int, bytes]] = WeakKeyDictionary()
 
 
 class TokenTexts:
@@ -83,61 +64,122 @@ class TokenTexts:
     def __init__(self, read_token: ReadToken) -> None:
         """`read_token` returns the token with a vocabulary id."""
         self._read_token = read_token
-        self._sent: set[int] = set()
+        self._encoded = _ENCODED.setdefault(read_token, {})
+        self._sent = np.zeros(0, np.bool_)  # by token
 
     def of_prompt(self, tokens: Iterable[Token]) -> list[common_pb2.Token]:
         """Return the tokens of a prompt, with their texts."""
         messages = [token_message(token) for token in tokens]
-        self._sent.update(message.id for message in messages)
+        self.unsent(np.array([message.id for message in messages], np.int64))
         return messages
 
     def texts(self, ids: Iterable[int]) -> list[common_pb2.Token]:
         """Return the tokens of `ids` that no earlier message has."""
-        return [entry.message for entry in self.entries(ids).values()]
+        named = np.fromiter(ids, np.int64)
+        return [token_message(self._read_token(i)) for i in named[self.unsent(named)].tolist()]
 
-    def entries(self, ids: Iterable[int]) -> dict[int, Entry]:
-        """Return the tokens as `texts` does, with their sizes, by id."""
-        unsent = dict.fromkeys(i for i in ids if i not in self._sent)
-        self._sent.update(unsent)
-        return {i: _entry(self._read_token(i)) for i in unsent}
+    def unsent(self, ids: Ints) -> Ints:
+        """Return the indices of tokens that no earlier message has, which now count as sent.
+
+        Of a token that is in `ids` `[n]` several times, this is the first index.
+        """
+        missing = int(ids.max(initial=-1)) + 1 - len(self._sent)
+        if missing > 0:
+            self._sent = np.pad(self._sent, (0, missing))
+        new = np.flatnonzero(~self._sent[ids])
+        first = new[np.sort(np.unique(ids[new], return_index=True)[1])]
+        self._sent[ids[first]] = True
+        return first
+
+    def encoded(self, ids: Sequence[int]) -> list[bytes]:
+        """Return tokens as bytes, each after its length."""
+        found = list(map(self._encoded.get, ids))
+        if None in found:
+            return [self._encoded.get(i) or self._encode(i) for i in ids]
+        return cast(list[bytes], found)
+
+    def _encode(self, token_id: int) -> bytes:
+        content = token_message(self._read_token(token_id)).SerializeToString(deterministic=True)
+        encoded = with_length(content)
+        if len(self._encoded) < ENTRIES:
+            self._encoded[token_id] = encoded
+        return encoded
 
 
-class Pieces(Generic[BodyT]):
-    """Distributes parts over as many messages as needed.
+class Pieces:
+    """Distributes parts over as many messages as needed, and returns these as bytes.
 
-    Each message has the texts of the tokens that no earlier message has.
+    Each message has the texts of the tokens that no earlier message has. The fields are in the
+    order of their numbers, as protocol buffers write them. Parsing and serializing the parts again
+    would take as long as encoding them.
     """
 
-    def __init__(
-        self, new: Callable[[], BodyT], texts: TokenTexts, limit: int = PIECE_BYTES
-    ) -> None:
-        """`new` creates a message; it is called again when a message reaches `limit` bytes."""
-        self._new = new
+    def __init__(self, frame: Message, texts: TokenTexts, limit: int = PIECE_BYTES) -> None:
+        """Each message has the fields of `frame`, and about `limit` bytes at most."""
+        self._numbers = {field.name: field.number for field in frame.DESCRIPTOR.fields}
+        self._token_key = key(type(frame), "tokens")
+        self._frame = _fields(frame)
         self._texts = texts
         self._limit = limit
-        self._body = new()
+        self._bodies: list[dict[int, list[bytes]]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._bodies.append({number: [content] for number, content in self._frame.items()})
         self._size = 0
 
     def extend(self, parts: Parts, readings: Iterable[Reading] = ()) -> None:
         """Add encoded parts, and the texts of the tokens that their `readings` list."""
-        first = _first_uses(list(readings))
-        found = self._texts.entries(first)
-        entries = list(found.values())
-        needed_by = np.array([first[token_id] for token_id in found], np.int64)
+        token_ids, users = _uses(list(readings))
+        unsent = self._texts.unsent(token_ids)
+        entries = self._texts.encoded(token_ids[unsent].tolist())
+        needed_by = users[unsent]
         sizes = parts.sizes + FRAME_BYTES
-        np.add.at(sizes, needed_by, [entry.size for entry in entries])
+        lengths = np.fromiter(map(len, entries), np.int64, len(entries))
+        np.add.at(sizes, needed_by, lengths + FRAME_BYTES)
         ends, start = sizes.cumsum(), 0
         while start < len(ends):
             if self._size >= self._limit:
-                self._body, self._size = self._new(), 0
-            body, before = self._body, int(ends[start - 1]) if start else 0
+                self._begin()
+            before = int(ends[start - 1]) if start else 0
             full = int(np.searchsorted(ends, before + self._limit - self._size))
             stop = min(full + 1, len(ends))
-            body.MergeFromString(parts.between(start, stop))
+            self._add(parts.field, parts.between(start, stop))
             least, most = np.searchsorted(needed_by, [start, stop])
-            body.tokens.extend([entry.message for entry in entries[least:most]])
+            self._add("tokens", self._token_key.join([b"", *entries[least:most]]))
             self._size += int(ends[stop - 1]) - before
             start = stop
+
+    def _add(self, field: str, content: bytes) -> None:
+        self._bodies[-1].setdefault(self._numbers[field], []).append(content)
+
+    def messages(self, ending: Message) -> list[bytes]:
+        """Return all messages; the last one also has the fields of `ending`."""
+        for number, content in _fields(ending).items():
+            self._bodies[-1].setdefault(number, []).append(content)
+        return [
+            b"".join(chain.from_iterable(body[number] for number in sorted(body)))
+            for body in self._bodies
+        ]
+
+
+def _fields(message: Message) -> dict[int, bytes]:
+    """Return the fields that are set in a message, as bytes by number."""
+    names = {field.name: field.number for field, _ in message.ListFields()}
+    found = {}
+    for name, number in names.items():
+        alone = type(message)()
+        alone.CopyFrom(message)
+        for other in names.keys() - {name}:
+            alone.ClearField(other)
+        found[number] = alone.SerializeToString(deterministic=True)
+    return found
+
+
+def with_body(response: Message, field: str, body: bytes) -> bytes:
+    """Return a response with an encoded message in a field, behind all others that it has."""
+    start = response.SerializeToString(deterministic=True)
+    return start + key(type(response), field) + with_length(body)
 
 
 class Reading(NamedTuple):
@@ -173,24 +215,16 @@ class Reading(NamedTuple):
             columns.delimited(field, projection_columns(table).cells(), self.projected)
 
 
-def _first_uses(readings: Sequence[Reading]) -> dict[int, int]:
-    """Return the first part that lists each token, in the order of the parts."""
+def _uses(readings: Sequence[Reading]) -> tuple[Ints, Ints]:
+    """Return the tokens that parts list, in the order of the parts, and the part of each token."""
     if not readings:
-        return {}
+        return np.empty(0, np.int64), np.empty(0, np.int64)
     token_ids = np.concatenate([each.token_ids().ravel() for each in readings])
     users = np.concatenate([each.users() for each in readings])
-    order = users.argsort(kind="stable")
-    token_ids, users = token_ids[order], users[order]
-    ids, first = np.unique(token_ids, return_index=True)
-    by_use = first.argsort()
-    return dict(zip(ids[by_use].tolist(), users[first[by_use]].tolist(), strict=True))
-
-
-# Cached, because streams contain the same entries many times. A message is copied into its parent.
-@lru_cache(ENTRIES)
-def _entry(token: Token) -> Entry:
-    message = token_message(token)
-    return Entry(message, message.ByteSize() + FRAME_BYTES)
+    if len(readings) > 1:
+        order = users.argsort(kind="stable")
+        token_ids, users = token_ids[order], users[order]
+    return token_ids, users
 
 
 def token_message(token: Token) -> common_pb2.Token:

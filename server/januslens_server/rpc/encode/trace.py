@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,9 @@ from januslens_server.rpc.encode.messages import (
     sizes_message,
     tensor_columns,
     time_messages,
+    with_body,
 )
+from januslens_server.rpc.wire import serialized
 
 # Nodes are encoded in groups of about this many bytes, which fit into a CPU's cache.
 COLUMN_BYTES = 2**20
@@ -54,14 +57,18 @@ class TraceEncoder:
         self._texts = TokenTexts(read_token)
         self._sequence = itertools.count()
 
-    def encode(self, event: TraceEvent) -> Iterator[trace_pb2.TraceResponse]:
+    def encode(self, event: TraceEvent) -> Iterator[bytes]:
         """Yield the messages of one event, in the order in which they must be sent."""
         if isinstance(event, TraceHeader):
-            yield trace_pb2.TraceResponse(sequence=next(self._sequence), header=self._header(event))
+            yield serialized(self._response(header=self._header(event)))
         elif isinstance(event, TraceSummary):
-            yield trace_pb2.TraceResponse(sequence=next(self._sequence), summary=_summary(event))
+            yield serialized(self._response(summary=_summary(event)))
         else:
-            yield from self._layer(event)
+            for body in self._layer(event):
+                yield with_body(self._response(), "layer", body)
+
+    def _response(self, **event: Any) -> trace_pb2.TraceResponse:
+        return trace_pb2.TraceResponse(sequence=next(self._sequence), **event)
 
     def _header(self, header: TraceHeader) -> trace_pb2.TraceHeader:
         return trace_pb2.TraceHeader(
@@ -86,24 +93,15 @@ class TraceEncoder:
             selected_by=trace_pb2.SelectionCriterion.ValueType(header.selected_by),
         )
 
-    def _layer(self, graph: LayerGraph) -> list[trace_pb2.TraceResponse]:
+    def _layer(self, graph: LayerGraph) -> list[bytes]:
         """Encode a layer, nodes first, so that no edge is sent before its nodes."""
-        responses: list[trace_pb2.TraceResponse] = []
-
-        def new() -> trace_pb2.LayerGraph:
-            response = trace_pb2.TraceResponse(sequence=next(self._sequence))
-            responses.append(response)
-            response.layer.layer = graph.layer
-            return response.layer
-
-        pieces = Pieces(new, self._texts)
+        pieces = Pieces(trace_pb2.LayerGraph(layer=graph.layer), self._texts)
         _add_nodes(graph, pieces)
         _add_edges(graph, pieces)
-        responses[-1].layer.last = graph.last
-        return responses
+        return pieces.messages(trace_pb2.LayerGraph(last=graph.last))
 
 
-def _add_nodes(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
+def _add_nodes(graph: LayerGraph, pieces: Pieces) -> None:
     listed = graph.projections.top_ids.shape[1] + graph.projections.bottom_ids.shape[1]
     at_once = max(1, COLUMN_BYTES // _node_bytes(graph, listed))
     for start in range(0, len(graph.nodes), at_once):
@@ -149,7 +147,7 @@ def _node_bytes(graph: LayerGraph, listed: int) -> int:
     return 128 + 16 * listed + width
 
 
-def _add_edges(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
+def _add_edges(graph: LayerGraph, pieces: Pieces) -> None:
     edges = graph.edges
     columns = Columns(trace_pb2.Edge, len(edges))
     columns.texts("source", edges.sources)
