@@ -288,7 +288,11 @@ def refusal(source: ModelSource) -> str:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_weights_are_those_of_the_published_formula(scheme: str, tmp_path: Path) -> None:
+def test_weights_are_those_of_the_published_formula(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if only one row of blocks is dequantised at once."""
+    monkeypatch.setattr("januslens_server.models.quantized.VALUES_AT_ONCE", 1)
     source, expected = quantised(scheme, tmp_path)
     model, plain = load(source), load(expected)
     found, wanted = model.network.state_dict(), plain.network.state_dict()
@@ -346,8 +350,40 @@ BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str
         "block FP8", {"weight_block_size": "128"}, {}, "invalid weight_block_size '128'"
     ),
     "huge blocks": (
-        "block FP8", {"weight_block_size": [10**12, 10**12]}, {}, "expected float8 in blocks of"
+        "block FP8", {"weight_block_size": [2**31 - 1] * 2}, {}, "expected float8 in blocks of"
     ),
+    "blocks beyond numbers": (
+        "block FP8", {"weight_block_size": [10**4000, 1]}, {}, "invalid weight_block_size"
+    ),
+    "no matrix of codes": (
+        "block FP8", {}, {"q_proj.weight": torch.ones(0, 32).to(torch.float8_e4m3fn)},
+        "has shape [0, 32]: expected a matrix",
+    ),
+    "scales that are NaN": (
+        "block FP8", {}, {"q_proj.weight_scale_inv": torch.full((2, 2), torch.nan)},
+        "infinite or NaN in model.layers.0.self_attn.q_proj.weight",
+    ),
+    "MXFP4 exponents that are NaN": (
+        "MXFP4", {}, {"gate_up_proj_scales": torch.full((4, 128, 1), 255, dtype=torch.uint8)},
+        "infinite or NaN in model.layers.0.mlp.experts.gate_up_proj",
+    ),
+    "a list for the method": (
+        "block FP8", {"quant_method": ["fp8"]}, {}, "is quantised by ['fp8']: expected"
+    ),
+    "a list for the format": ("4-bit groups", {"format": [1]}, {}, "stores weights as '[1]'"),
+    "a list for the strategy": (
+        "4-bit groups", compressed("pack-quantized", **INT4 | {"strategy": [1]}), {},
+        "scales weights by '[1]'",
+    ),
+    "a list for the bits": (
+        "4-bit groups", compressed("pack-quantized", **INT4 | {"num_bits": [4]}), {},
+        "weights of [4] bits",
+    ),
+    "a negative group size": (
+        "4-bit groups", compressed("pack-quantized", **INT4 | {"group_size": -7}), {},
+        "invalid group_size [1, -7]",
+    ),
+    "sparsity of a text": ("4-bit groups", {"sparsity_config": "x"}, {}, "or sparse ones"),
     "a vector of codes": (
         "block FP8", {}, {"q_proj.weight": torch.ones(48).to(torch.float8_e4m3fn)},
         "has shape [48]: expected a matrix",
@@ -397,6 +433,39 @@ BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str
         "block FP8", {"quant_method": "mxfp4"}, {}, "describes MXFP4, but no tensor has this scheme"
     ),
 }  # fmt: skip
+
+
+def test_codes_of_no_blocks_allocate_nothing(tmp_path: Path) -> None:
+    """A header may give tensors without values any number of rows."""
+    source, _ = quantised("MXFP4", tmp_path)
+    path = Path(source.location) / WEIGHTS
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    name = next(name for name in header if name.endswith("gate_up_proj_blocks"))
+    scales = name.replace("_blocks", "_scales")
+    for tensor, shape in ((name, [10**9, 10**6, 0, 16]), (scales, [10**9, 10**6, 0])):
+        header[tensor.replace(".0.", ".9.")] = header[tensor] | {
+            "shape": shape, "data_offsets": [len(content) - 8 - size] * 2
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    assert "[1000000000, 1000000, 0, 16]: expected U8" in refusal(source)
+
+
+def test_a_weight_that_is_quantised_and_not_is_refused(tmp_path: Path) -> None:
+    source, _ = quantised("4-bit groups", tmp_path)
+    path = Path(source.location) / WEIGHTS
+    plain = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(48, 32)}
+    save_file(load_file(path) | plain, path, {"format": "pt"})
+    assert "q_proj.weight twice, quantised and not" in refusal(source)
+
+
+def test_expressions_in_a_list_of_ignored_modules_are_not_evaluated(tmp_path: Path) -> None:
+    source, _ = quantised("4-bit groups", tmp_path)
+    slow = {"ignore": ["re:(a+)+$", "re:(.*)*b" * 1000], "targets": ["re:(a|a)*$"]}
+    describe(source, quantization_config=SCHEMES["4-bit groups"][2] | slow)
+    assert load(source).provenance.quantization.startswith("compressed-tensors")
 
 
 @pytest.mark.parametrize("broken", BROKEN)

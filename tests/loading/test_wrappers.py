@@ -144,6 +144,16 @@ def test_a_lora_of_the_whole_model_changes_the_text_decoder(tmp_path: Path) -> N
     torch.testing.assert_close(matrix.weight.T, own + ALPHA / RANK * b @ a)
 
 
+def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
+    wrapped("llava", tmp_path)
+    path = tmp_path / WEIGHTS
+    tensors = load_file(path)
+    name = next(name for name in tensors if "layers.0.self_attn.q_proj" in name)
+    tensors["model.layers" + name.split("layers")[1]] = torch.zeros_like(tensors[name])
+    save_file(tensors, path, {"format": "pt"})
+    assert "'model.layers.0.self_attn.q_proj.weight' twice: expected one" in refusal(tmp_path)
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(ModelFailed) as refused:
         load(ModelSource("text", str(folder)))

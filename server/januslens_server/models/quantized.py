@@ -44,6 +44,11 @@ DEFAULT_BLOCKS = {"fp8": [128, 128], "mxfp8": [1, 32]}
 
 # Groups of weights with a scheme of their own; every weight is compared with each.
 MAX_GROUPS = 100
+# Rows or columns of a block. A block is as large as a matrix at most.
+MAX_BLOCK = 2**31 - 1
+
+# Values of a weight that are dequantised at once, each of which takes some 16 bytes meanwhile.
+VALUES_AT_ONCE = 2**22
 
 # Widths of integers that divide 32 bits without a remainder.
 PACKED_BITS = {2, 4, 8}
@@ -159,7 +164,7 @@ def read_scheme(described: Mapping[str, Any]) -> Scheme | None:
 
 
 def _scheme(found: Any) -> Scheme:
-    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    method = _named(found, "quant_method") if isinstance(found, Mapping) else None
     if method == "mxfp4":
         return Scheme(method, "MXFP4")
     if method in DEFAULT_BLOCKS:
@@ -171,7 +176,7 @@ def _scheme(found: Any) -> Scheme:
         return Scheme(method, "FBGEMM FP8", (Group("float", 8, (1, None)),), "_scale")
     if method == "compressed-tensors":
         return _compressed(found)
-    command = CONVERSIONS.get(str(method))
+    command = CONVERSIONS.get(method or "")
     raise ModelFailed(
         f"the checkpoint is quantised by {method or 'an unnamed method'}: expected "
         "compressed-tensors, fbgemm_fp8, fp8, mxfp4, mxfp8, or weights in float32, bfloat16 or "
@@ -180,10 +185,16 @@ def _scheme(found: Any) -> Scheme:
     )
 
 
+def _named(described: Mapping[str, Any], key: str) -> str | None:
+    """Return what a key names, None if it is missing. Only texts can be known names."""
+    found = described.get(key)
+    return found if found is None or isinstance(found, str) else repr(found)
+
+
 def _sizes(found: Any, key: str) -> tuple[int, int]:
     sizes = tuple(found) if isinstance(found, list) else ()
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise ModelFailed(f"invalid {key} {found!r}: expected two positive numbers")
+    if len(sizes) != 2 or not all(type(s) is int and 0 < s <= MAX_BLOCK for s in sizes):
+        raise ModelFailed(f"invalid {key} {found!r}: expected two numbers from 1 to {MAX_BLOCK}")
     return sizes[0], sizes[1]
 
 
@@ -200,16 +211,17 @@ def _compressed(found: Mapping[str, Any]) -> Scheme:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
             continue
-        form = group.get("format") or found.get("format")
+        form = _named(group, "format") or _named(found, "format")
         if form not in FORMATS:
             raise ModelFailed(
                 f"compressed-tensors stores weights as {form!r}: expected one of "
                 f"{', '.join(sorted(FORMATS))}; serve the checkpoint that it was made from"
             )
-        formats.add(str(form))
+        formats.add(form)
         groups.append(_group(weights))
-    sparsity = found.get("sparsity_config") or {}
-    if not groups or (sparsity and sparsity.get("format", "dense") != "dense"):
+    sparsity = found.get("sparsity_config") or {"format": "dense"}
+    dense = isinstance(sparsity, Mapping) and sparsity.get("format", "dense") == "dense"
+    if not groups or not dense:
         raise ModelFailed(
             "compressed-tensors describes no quantised weights, or sparse ones: expected groups "
             "with weights; serve the checkpoint that it was made from"
@@ -220,11 +232,11 @@ def _compressed(found: Mapping[str, Any]) -> Scheme:
 
 
 def _group(weights: Mapping[str, Any]) -> Group:
-    kind, bits, strategy = (weights.get(key) for key in ("type", "num_bits", "strategy"))
-    size = weights.get("group_size")
+    kind, strategy = _named(weights, "type"), _named(weights, "strategy")
+    bits, size = weights.get("num_bits"), weights.get("group_size")
     strategy = strategy or ("tensor" if size is None else "channel" if size == -1 else "group")
-    readable = bits in PACKED_BITS if kind == "int" else bits in {4, 8}
-    if kind not in {"int", "float"} or type(bits) is not int or not readable:
+    readable = PACKED_BITS if kind == "int" else {4, 8}
+    if kind not in {"int", "float"} or type(bits) is not int or bits not in readable:
         raise ModelFailed(
             f"compressed-tensors stores weights of {bits} bits and type {kind!r}: expected "
             "integers of 2, 4 or 8 bits, or floats of 4 or 8"
@@ -268,6 +280,10 @@ def dense_weights(
             raise ModelFailed(f"config.json describes {scheme.name}, but no tensor has this scheme")
         dropped = {name for name in entries if OF_ACTIVATIONS.search(name)}
         kept = {name: entries[name] for name in entries.keys() - used - dropped}
+    if twice := sorted(weights.keys() & kept.keys()):
+        raise ModelFailed(
+            f"the checkpoint has {shortlist(twice)} twice, quantised and not: expected one of them"
+        )
     check_float(kept, or_else="" if scheme is None else ", or scales beside it")
     for name, entry in kept.items():
         weights[name] = DenseWeight(entry.shape, files.reader(name), quantised=False)
@@ -326,7 +342,8 @@ def _microscaled(files: _Files, scheme: Scheme) -> tuple[dict[str, DenseWeight],
         if name == codes:
             continue
         scales = f"{name}_scales"
-        if len(entry.shape) != 4 or entry.shape[-1] != MX_BLOCK // 2 or entry.kind != BYTES:
+        blocks_of = len(entry.shape) == 4 and entry.shape[-1] == MX_BLOCK // 2
+        if not blocks_of or not entry.size or entry.kind != BYTES:
             raise ModelFailed(
                 f"tensor {codes!r} is stored as {entry.kind} {list(entry.shape)}: expected "
                 f"{BYTES} [experts, rows, blocks, {MX_BLOCK // 2}] for {scheme.name}"
@@ -377,9 +394,10 @@ class _Codes:
         self._codes = packed if packed in files.entries else name
         self._scales = name + scheme.scale
         stored = files.entries[self._codes]
-        if len(stored.shape) < 2:
+        if len(stored.shape) not in {2, 3} or not stored.size:
             raise ModelFailed(
-                f"tensor {self._codes!r} has shape {list(stored.shape)}: expected a matrix"
+                f"tensor {self._codes!r} has shape {list(stored.shape)}: expected a matrix, or one "
+                "for each expert"
             )
         self._stored = stored
         self.names = {self._codes, self._scales}
@@ -488,21 +506,31 @@ class _Codes:
         return name
 
     def read(self) -> torch.Tensor:
-        """Dequantise the weight to float32."""
+        """Dequantise the weight to float32, some rows at a time."""
         codes = self._files.read(self._codes)
-        values = (
-            _unpacked_floats(codes)
-            if codes.dtype is torch.uint8
-            else self._integers(codes, -1, self.shape[-1])
-            if codes.dtype is torch.int32
-            else codes.float()
-        )
         scales = _to_float(self._files.read(self._scales))
         if self._global is not None:
             scales = scales / self._files.read(self._global).float()
-        if self._zeros is not None:
-            values = values - self._spread(self._zero_points(scales.shape[-2:]))
-        return values * self._spread(scales)
+        zeros = None if self._zeros is None else self._zero_points(scales.shape[-2:])
+        values, rows = torch.empty(self.shape), self.shape[-2]
+        height, _ = self._group.block_of(*self.shape[-2:])
+        in_blocks = math.prod(self.shape) // rows * height
+        step = max(1, VALUES_AT_ONCE // in_blocks) * height
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            found = self._decoded(codes[..., part, :])
+            if zeros is not None:
+                found = found - self._spread(zeros, part)
+            values[..., part, :] = found * self._spread(scales, part)
+        return values
+
+    def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
+        """The numbers that codes stand for, without their scales."""
+        if codes.dtype is torch.uint8:
+            return _unpacked_floats(codes)
+        if codes.dtype is torch.int32:
+            return self._integers(codes, -1, self.shape[-1])
+        return codes.float()
 
     def _zero_points(self, shape: torch.Size) -> torch.Tensor:
         zeros = self._files.read(str(self._zeros))
@@ -517,18 +545,22 @@ class _Codes:
         codes = merged.narrow(dim, 0, size).float()
         return codes - (1 << (bits - 1))
 
-    def _spread(self, scales: torch.Tensor) -> torch.Tensor:
-        """Repeat `scales` for every weight that shares them."""
+    def _spread(self, scales: torch.Tensor, part: slice) -> torch.Tensor:
+        """Repeat `scales` for every weight that shares them, in the rows of `part`.
+
+        `part` begins at a block's first row.
+        """
         rows, columns = self.shape[-2:]
         height, width = self._group.block_of(rows, columns)
         if scales.numel() == 1:
             return scales.reshape(())
         if scales.shape == self.shape[:-1]:  # one for each row
-            return scales[..., None]
+            return scales[..., part, None]
+        own = scales[..., part.start // height : -(-part.stop // height), :]
         if self._order is not None:
-            return scales[..., self._order]
-        wide = scales.repeat_interleave(width, -1)[..., :columns]
-        return wide.repeat_interleave(height, -2)[..., :rows, :]
+            return own[..., self._order]
+        wide = own.repeat_interleave(width, -1)[..., :columns]
+        return wide.repeat_interleave(height, -2)[..., : part.stop - part.start, :]
 
 
 def _to_float(scales: torch.Tensor) -> torch.Tensor:

@@ -98,14 +98,22 @@ def text_weights(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """Select the text decoder's weights of a wrapper, by their names without the wrapper.
 
     Weights of unknown parts keep their names, so that loading refuses them.
+
+    Raises:
+        ModelFailed: Two stored weights would have the same name.
     """
     prefix = next((p for p in PREFIXES if any(n.startswith(f"{p}layers.") for n in stored)), "")
     found: dict[str, Stored] = {}
     for name, weight in stored.items():
         head = next((head for head in HEADS if name.startswith(head)), None)
         if head is not None:
-            found[f"lm_head.{name.removeprefix(head)}"] = weight
-        elif name.removeprefix("model.").split(".", 1)[0] not in OTHER_PARTS:
+            own = f"lm_head.{name.removeprefix(head)}"
+        elif name.removeprefix("model.").split(".", 1)[0] in OTHER_PARTS:
+            continue
+        else:
             inside = prefix and name.startswith(prefix)
-            found[f"model.{name.removeprefix(prefix)}" if inside else name] = weight
+            own = f"model.{name.removeprefix(prefix)}" if inside else name
+        if own in found:
+            raise ModelFailed(f"the checkpoint has the text decoder's {own!r} twice: expected one")
+        found[own] = weight
     return found
