@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +280,10 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Pairs], Pairs], str]] = {
     "biases": ({"bias": "all"}, dict, "trains biases"),
     "a changed base": ({"init_lora_weights": "pissa"}, dict, "changes the base's weights"),
     "another rank": ({"r": 4}, dict, "expected rank 4"),
+    "a rank of 10^9": ({"r": 10**9}, dict, "expected rank 1e+09, at most 4096"),
+    "a rank beyond floats": ({"r": 10**400}, dict, "invalid r 1000"),
+    "an alpha beyond floats": ({"lora_alpha": 10**400}, dict, "invalid lora_alpha 1000"),
+    "code": ({"auto_map": {"AutoModel": "x.Y"}}, dict, "settings that are not read: auto_map"),
     "a rank of text": ({"r": "3"}, dict, "invalid r '3'"),
     "an infinite alpha": ({"lora_alpha": float("inf")}, dict, "invalid lora_alpha inf"),
     "a slow expression": ({"rank_pattern": {"(a+)+$": 8}}, dict, "invalid rank_pattern"),
@@ -306,6 +312,77 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Pairs], Pairs], str]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ResidentModel:
     return load(saved(LLAMA, tmp_path_factory.mktemp("base")))
+
+
+def test_names_in_the_folder_are_neither_fetched_nor_evaluated(
+    base: ResidentModel, tmp_path: Path
+) -> None:
+    changes = {
+        "base_model_name_or_path": "https://127.0.0.1:1/base",
+        "target_modules": "(a+)+$",
+        "exclude_modules": "(.*)*x",
+        "auto_mapping": {"base_model_class": "os", "parent_library": "os"},
+        "revision": "../../..",
+    }
+    model = load_lora("tuned", write(tmp_path / "lora", pairs_of(LLAMA), **changes), base)
+    assert model.provenance.lora.startswith("rank 3")
+
+
+def test_thousands_of_modules_and_patterns_are_compared_in_seconds(
+    base: ResidentModel, tmp_path: Path
+) -> None:
+    pairs = {f"layers.{i}.x": (torch.zeros(3, 1), torch.zeros(1, 3)) for i in range(2000)}
+    patterns = {f"{i}.x": 1 for i in range(10_000)}
+    folder = write(tmp_path / "lora", pairs, alpha_pattern=patterns)
+    began = time.monotonic()
+    with pytest.raises(ModelFailed, match=r"changes 'layers\.0\.x'"):
+        load_lora("tuned", folder, base)
+    assert time.monotonic() - began < 10
+
+
+def fifo(path: Path) -> str:
+    os.mkfifo(path)
+    return "is not a regular file"
+
+
+def link(path: Path) -> str:
+    path.symlink_to("/etc/passwd")
+    return "outside the folder"
+
+
+def header_of_gigabytes(path: Path) -> str:
+    path.write_bytes((4 * 2**30).to_bytes(8, "little") + b"{}")
+    return "but a header of 4294967296 bytes"
+
+
+def gigabyte(path: Path) -> str:
+    path.touch()
+    os.truncate(path, 2**30)
+    return "is too large" if path.suffix == ".json" else "expected fewer than its base"
+
+
+@pytest.mark.parametrize(
+    ("name", "bomb"),
+    [
+        ("adapter_config.json", fifo),
+        ("adapter_config.json", link),
+        ("adapter_config.json", gigabyte),
+        ("adapter_model.safetensors", fifo),
+        ("adapter_model.safetensors", link),
+        ("adapter_model.safetensors", gigabyte),
+        ("adapter_model.safetensors", header_of_gigabytes),
+        ("beside.bin", fifo),
+    ],
+)
+def test_files_that_block_or_are_elsewhere_are_refused(
+    name: str, bomb: Callable[[Path], str], base: ResidentModel, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "lora", pairs_of(LLAMA))
+    (folder / name).unlink(missing_ok=True)
+    expected = bomb(folder / name)
+    with pytest.raises(ModelFailed) as refused:
+        load_lora("tuned", folder, base)
+    assert expected in str(refused.value)
 
 
 @pytest.mark.parametrize("broken", BROKEN)

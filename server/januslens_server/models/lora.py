@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from januslens_server.errors import ModelFailed, shortlist
 from januslens_server.models.adapters import view_of
 from januslens_server.models.device_memory import available
+from januslens_server.models.loader import weights_hash
 from januslens_server.models.matrices import LoraPair
 from januslens_server.models.placement import memory_needed
 from januslens_server.models.progress import LoadingProgress
@@ -49,6 +50,8 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SIDES = (".lora_A.weight", ".lora_B.weight")
 MAX_RANK = 4096
+# Characters in the name of a stored matrix.
+MAX_NAME = 1000
 
 # Keys of adapter_config.json that are read, that describe how the LoRA was trained, or that choose
 # the modules, which the stored weights show. Any other key with a value may change the numbers.
@@ -107,8 +110,12 @@ def load_lora(
     """
     try:
         lora = read_lora(folder, _bytes_of(base), progress or LoadingProgress())
-        network = _adapted(base, lora)
+        network = _copied(base)
+        modules = _changed(base, network, lora)
         _check_room(base, lora)
+        for changed, pair in lora.pairs.items():
+            _check_finite(changed, pair)
+            pair.attach(modules[changed])
         view = view_of(network)
     except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelFailed(f"{folder}: {one_line(error)}") from error
@@ -133,6 +140,8 @@ def _bytes_of(base: ResidentModel) -> int:
 
 def read_lora(folder: Path, limit: int, progress: LoadingProgress) -> Lora:
     """Read, check and hash a LoRA folder with at most `limit` bytes of weights.
+
+    The weights are mapped from their file, and their values not yet read, except for the hash.
 
     Raises:
         ModelFailed: The folder describes more than pairs A and B, or they do not fit together.
@@ -160,13 +169,18 @@ def read_lora(folder: Path, limit: int, progress: LoadingProgress) -> Lora:
     modules = sorted({name for name in names.values() if name is not None})
     if not modules:
         raise ModelFailed(f"{WEIGHTS} has no weights: expected A and B of some linear maps")
-    pairs = {module: _pair(module, tensors, described) for module in modules}
+    ranks = _Setting(described, "r", "rank_pattern")
+    alphas = _Setting(described, "lora_alpha", "alpha_pattern")
+    pairs = {}
+    for module in modules:
+        rank = ranks.of(module)
+        down, up = _matrices(module, tensors, rank)
+        divisor = math.sqrt(rank) if described.get("use_rslora") else rank
+        pairs[module] = LoraPair(down, up, alphas.of(module) / divisor)
     progress.finish_pass()
-    digest = hashlib.sha256()
-    for file in (ADAPTER, WEIGHTS):
-        digest.update(hashlib.sha256((folder / file).read_bytes()).digest())
+    digest = weights_hash(folder, (ADAPTER, WEIGHTS), progress.advance)
     progress.finish_pass()
-    return Lora(pairs, digest.hexdigest())
+    return Lora(pairs, digest)
 
 
 def _check_described(described: Mapping[str, Any]) -> None:
@@ -192,74 +206,96 @@ def _check_described(described: Mapping[str, Any]) -> None:
 def _module_name(key: str) -> str | None:
     """The name of the module that a stored matrix belongs to; None for other weights."""
     for side in SIDES:
-        if key.startswith(PREFIX) and key.endswith(side):
+        if key.startswith(PREFIX) and key.endswith(side) and len(key) <= MAX_NAME:
             return key.removeprefix(PREFIX).removesuffix(side)
     return None
 
 
-def _pair(
-    module: str, tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]
-) -> LoraPair:
+def _matrices(
+    module: str, tensors: Mapping[str, torch.Tensor], rank: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of a module; refuse them if they do not have this rank."""
     keys = [f"{PREFIX}{module}{side}" for side in SIDES]
     for key in keys:
         if key not in tensors:
             raise ModelFailed(f"{WEIGHTS} lacks {key!r}: expected A and B of every module")
         if tensors[key].dim() != 2 or not tensors[key].is_floating_point():
             raise ModelFailed(f"tensor {key!r} is not a matrix of floating-point numbers")
-        if not bool(tensors[key].isfinite().all()):
-            raise ModelFailed(f"tensor {key!r} has values that are infinite or NaN")
     down, up = (tensors[key] for key in keys)
-    rank = _number(_of_module(described, "rank_pattern", module, described.get("r")), "r")
-    alpha = _number(
-        _of_module(described, "alpha_pattern", module, described.get("lora_alpha")), "lora_alpha"
-    )
     if not 1 <= rank <= MAX_RANK or rank != down.shape[0] or rank != up.shape[1]:
         raise ModelFailed(
             f"the LoRA of {module!r} has A {list(down.shape)} and B {list(up.shape)}: expected "
             f"rank {rank:g}, at most {MAX_RANK}"
         )
-    divisor = math.sqrt(rank) if described.get("use_rslora") else rank
-    return LoraPair(down, up, alpha / divisor)
+    return down, up
 
 
-def _of_module(described: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    """Look up a module in a pattern. PEFT reads its keys as regular expressions."""
-    pattern = described.get(key) or {}
-    named = isinstance(pattern, Mapping) and len(pattern) <= MAX_COUNT
-    if not named or not all(LITERAL.fullmatch(name) for name in pattern):
-        raise ModelFailed(
-            f"{ADAPTER}: invalid {key}: expected names of modules, at most {MAX_COUNT}"
-        )
-    found = (v for name, v in pattern.items() if f".{module}".endswith(f".{name}"))
-    return next(found, default)
+class _Setting:
+    """A number for all modules, `key`, and other numbers for some of them, `pattern`.
+
+    PEFT reads the names of modules in a pattern as regular expressions, of which the first counts.
+    """
+
+    def __init__(self, described: Mapping[str, Any], key: str, pattern: str) -> None:
+        self._key, self._default = key, described.get(key)
+        self._own = described.get(pattern) or {}
+        named = isinstance(self._own, Mapping) and len(self._own) <= MAX_COUNT
+        if not named or not all(LITERAL.fullmatch(name) for name in self._own):
+            raise ModelFailed(
+                f"{ADAPTER}: invalid {pattern}: expected names of modules, at most {MAX_COUNT}"
+            )
+        self._order = {name: place for place, name in enumerate(self._own)}
+
+    def of(self, module: str) -> float:
+        """The number for one module, whose name ends with that in the pattern."""
+        parts = module.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        named = [end for end in ends if end in self._order]
+        found = self._own[min(named, key=self._order.__getitem__)] if named else self._default
+        if isinstance(found, bool) or not isinstance(found, int | float) or not _is_finite(found):
+            raise ModelFailed(f"{ADAPTER}: invalid {self._key} {found!r}: expected a number")
+        return found
 
 
-def _number(found: Any, key: str) -> float:
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise ModelFailed(f"{ADAPTER}: invalid {key} {found!r}: expected a number")
-    return found
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond floats
+        return False
 
 
-def _adapted(base: ResidentModel, lora: Lora) -> Any:
-    """Copy the base's modules, but not its parameters, and add the LoRA to the copy."""
+def _copied(base: ResidentModel) -> Any:
+    """Copy the base's modules, but not its parameters."""
     if len(set(getattr(base.network, "hf_device_map", {"": ""}).values())) > 1:
         raise ModelFailed(
             f"the base {base.name!r} is split over devices: expected one device; merge the LoRA "
             "into the model's weights"
         )
     shared = chain(base.network.parameters(), base.network.buffers())
-    network = copy.deepcopy(base.network, {id(tensor): tensor for tensor in shared})
+    return copy.deepcopy(base.network, {id(tensor): tensor for tensor in shared})
+
+
+def _changed(base: ResidentModel, network: Any, lora: Lora) -> dict[str, nn.Module]:
+    """Return the modules that the LoRA changes; refuse any but linear maps of its shapes."""
     head = network.get_output_embeddings()
     inside = " in " in base.provenance.architecture  # a multimodal model, whose names PEFT stored
-    for name, pair in (text_weights(lora.pairs) if inside else lora.pairs).items():
+    own = {name: name for name in lora.pairs}
+    found = {}
+    for name, stored in (text_weights(own) if inside else own).items():
         module = _submodule(network, name)
         if module is None or module is head or type(module) not in {nn.Linear, Conv1D}:
             raise ModelFailed(
                 f"the LoRA changes {name!r}, which is not a linear map in a block of the base "
                 f"{base.name!r}"
             )
-        pair.attach(module)
-    return network
+        lora.pairs[stored].check_shapes(module)
+        found[stored] = module
+    return found
+
+
+def _check_finite(name: str, pair: LoraPair) -> None:
+    if not all(bool(matrix.isfinite().all()) for matrix in (pair.down, pair.up)):
+        raise ModelFailed(f"the LoRA of {name!r} has values that are infinite or NaN")
 
 
 def _submodule(network: nn.Module, name: str) -> nn.Module | None:
@@ -274,7 +310,8 @@ def _check_room(base: ResidentModel, lora: Lora) -> None:
     device = base.network.device.type
     caches = memory_needed(base.network, base.view.lens.chunk_bytes, base.row_cache_bytes)
     kept = caches.on(device).rows + caches.on(device).neurons
-    need = kept + sum(pair.down.nbytes + pair.up.nbytes for pair in lora.pairs.values())
+    width = base.network.dtype.itemsize
+    need = kept + width * sum(p.down.numel() + p.up.numel() for p in lora.pairs.values())
     if need > (free := available(str(base.network.device), {})):
         raise ModelFailed(
             f"not enough memory: the LoRA and its caches need {need // MIB} MiB, but only "

@@ -62,11 +62,8 @@ class LoraPair:
         """Width between the two matrices."""
         return self.down.shape[0]
 
-    def attach(self, module: nn.Module) -> None:
-        """Let a linear module add the LoRA to what it computes.
-
-        Raises `ModelFailed` if the shapes differ.
-        """
+    def check_shapes(self, module: nn.Module) -> None:
+        """Raise `ModelFailed` if a linear module has other inputs or outputs than the LoRA."""
         weight = module.get_parameter("weight")
         d_out, d_in = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
         if (d_in, d_out) != (self.down.shape[1], self.up.shape[0]):
@@ -74,6 +71,10 @@ class LoraPair:
                 f"the LoRA has A {list(self.down.shape)} and B {list(self.up.shape)} for a map of "
                 f"{d_in} inputs and {d_out} outputs"
             )
+
+    def attach(self, module: nn.Module) -> None:
+        """Let a linear module of the same shapes add the LoRA to what it computes."""
+        weight = module.get_parameter("weight")
         changed: Any = module
         changed.__class__ = LoraConv1D if isinstance(module, Conv1D) else LoraLinear
         changed.lora = LoraPair(self.down.to(weight), self.up.to(weight), self.scale)
