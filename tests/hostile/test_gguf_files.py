@@ -102,6 +102,29 @@ def embeddings_of_another_size(path: Path) -> str:
     return "tensor 'blk.0.attn_q.weight' has shape"
 
 
+def frequencies_of_gigabytes(path: Path) -> str:
+    """Let a tensor without values on disk be the divisors of 2^28 frequencies."""
+    content = header(
+        [
+            ("general.architecture", TEXT, text(b"llama")),
+            *(
+                (f"llama.{key}", UINT32, struct.pack("<I", size))
+                for key, size in (
+                    ("block_count", 2),
+                    ("context_length", 16),
+                    ("embedding_length", 32),
+                    ("attention.head_count", 4),
+                    ("attention.key_length", 2**29),
+                )
+            ),
+        ],
+        [("rope_freqs.weight", [2**28], FLOAT32, 0)],
+    )
+    path.write_bytes(content)
+    os.truncate(path, len(content) + 32 + GIB)
+    return "268435456 values in rope_freqs.weight"
+
+
 def tokenizer(expected: str, tokens: list[str], **changes: object) -> Callable[[Path], str]:
     """A file whose SentencePiece tokenizer has these tokens."""
 
@@ -171,6 +194,7 @@ FILES: dict[str, Callable[[Path], str]] = {
     ),
     "tensor of another size": embeddings_of_another_size,
     "9,000 layers": described("weights hold only", block_count=9000),
+    "frequencies of gigabytes": frequencies_of_gigabytes,
     "no heads": described("file.gguf", **{"attention.head_count": 0}),
     "no layers": described("tensors that are not read", block_count=0),
     "epsilon of NaN": described(

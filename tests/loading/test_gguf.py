@@ -349,6 +349,10 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
             {"further": {"rope_freqs.weight": np.arange(1, 5, dtype=np.float32)}},
             "rope_freqs.weight with other divisors than those of Llama 3",
         ),
+        (
+            {"further": {"rope_freqs.weight": np.ones(5, np.float32)}},
+            "5 values in rope_freqs.weight for heads of 8 dimensions; expected half as many",
+        ),
         ({"tokenizer": {"pre": "novel"}}, "splits texts as 'novel', which is not known"),
         ({"tokenizer": {"model": "t5"}}, "tokenizer 't5' is not read"),
         ({"tokenizer": {"bos_token_id": 10**6}}, "invalid bos_token_id 1000000"),

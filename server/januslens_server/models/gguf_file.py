@@ -29,6 +29,8 @@ from januslens_server.models.vetting import MAX_TENSORS, MIB, check_keys
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_KEYS, MAX_NAME, MAX_TEXT, MAX_DIMENSIONS = 10_000, 1024, MIB, 4
+# Values in the divisors of frequencies, half of a head's dimensions.
+MAX_FREQUENCIES = 4096
 # Bytes of the header, and entries of all of its arrays. Gemma 3's have 6 MiB and 786,000.
 MAX_HEADER, MAX_ARRAY_ENTRIES = 128 * MIB, 2_000_000
 
@@ -304,7 +306,7 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
         described["norm_topk_prob"] = True  # as in all of its checkpoints; no setting says it
     if family == "starcoder2":
         described["use_bias"] = "blk.0.attn_q.bias" in header.tensors
-    if rotary := _rotary(header, scaling):
+    if rotary := _rotary(header, scaling, described):
         described["rope_parameters"] = rotary | {"rope_theta": described.pop("rope_theta", 1e4)}
         if family == "gemma3":
             local = {"rope_type": "default", "rope_theta": 1e4}
@@ -323,13 +325,16 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
     return checked
 
 
-def _rotary(header: GGUFHeader, scaling: Mapping[str, Any]) -> dict[str, Any]:
+def _rotary(
+    header: GGUFHeader, scaling: Mapping[str, Any], described: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the parameters of scaled rotary embeddings without their base; empty if unscaled."""
     kind = scaling.get(SCALING_TYPE, UNSCALED)
     if FREQUENCIES in header.tensors:
         if kind != UNSCALED:
             raise ModelFailed(f"the file scales its rotary embeddings twice; {ADVICE}")
-        return _llama_3(header)
+        whole = described["hidden_size"] // max(1, described["num_attention_heads"])
+        return _llama_3(header, described.get("head_dim", whole))
     if kind == UNSCALED:
         return {}
     factor = scaling.get(SCALING_FACTOR)
@@ -341,7 +346,7 @@ def _rotary(header: GGUFHeader, scaling: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": LINEAR, "factor": float(factor)}
 
 
-def _llama_3(header: GGUFHeader) -> dict[str, Any]:
+def _llama_3(header: GGUFHeader, d_head: float) -> dict[str, Any]:
     """Return Llama 3's rotary parameters; refuse a file with other divisors of frequencies.
 
     With the wavelength w of a frequency, the factor f and the original context c, the divisor is
@@ -351,6 +356,11 @@ def _llama_3(header: GGUFHeader) -> dict[str, Any]:
     tensor = header.tensors[FREQUENCIES]
     if header.architecture != "llama" or tensor.kind != "F32" or len(tensor.shape) != 1:
         raise ModelFailed(f"the file has tensors that are not read: {FREQUENCIES}; {ADVICE}")
+    if 2 * tensor.size != d_head or tensor.size > MAX_FREQUENCIES:
+        raise ModelFailed(
+            f"the file has {tensor.size} values in {FREQUENCIES} for heads of {d_head:g} "
+            f"dimensions; expected half as many, at most {MAX_FREQUENCIES}"
+        )
     content = np.memmap(header.path, np.uint8, "r")
     stored = content[tensor.start : tensor.start + tensor.n_bytes].view("<f4").astype(np.float64)
     base = float(header.metadata.get("llama.rope.freq_base", 1e4))
