@@ -64,6 +64,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with_nan(folder / "broken")
     healthy(folder / "copy")
     (folder / "link").symlink_to("/etc")
+    (folder / "loop").symlink_to(folder / "loop")
     permissions: dict[str, dict[str, Any]] = {
         "root": {"admin": True},
         "ada": {},
@@ -127,7 +128,18 @@ def test_only_callers_with_the_scope_change_models(site: Site) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["/etc", "{folder}/../x", "{folder}/link", "relative", "other/name", "org/..", "../org/name"],
+    [
+        "/etc",
+        "{folder}/../x",
+        "{folder}/link",
+        "{folder}/loop",
+        "{folder}/link/passwd",
+        "relative",
+        "other/name",
+        "org/..",
+        "org/name/../../etc",
+        "../org/name",
+    ],
 )
 def test_sources_that_the_operator_does_not_list_are_denied(site: Site, source: str) -> None:
     with site.client() as client:
@@ -140,14 +152,19 @@ def test_a_name_belongs_to_one_source_and_is_checked(site: Site) -> None:
     with site.client() as client:
         with pytest.raises(januslens.errors.ModelExists, match="'demo' is in use; unload"):
             client.load_model("demo", str(site.folder / "tiny"))
-        for name in ("", "a b", "x" * 65):
+        for name in ("", "a b", "x" * 65, "x\n", "\x1b[31m", "../x", "x" * 3 * 2**20):
             with pytest.raises(januslens.errors.InvalidRequest) as refused:
                 client.load_model(name, str(site.folder / "tiny"))
             assert [found.field for found in refused.value.field_violations] == ["model"]
-        for source in ("", "/x" * 2049):
+        for source in ("", "/x" * 2049, f"{site.folder}/\0", f"{site.folder}/a\nb"):
             with pytest.raises(januslens.errors.InvalidRequest) as refused:
                 client.load_model("tiny", source)
             assert [found.field for found in refused.value.field_violations] == ["source"]
+        for revision in ("/dev/zero", "../../x", "a/../b", "a//b", "a\0", "x" * 300):
+            with pytest.raises(januslens.errors.InvalidRequest) as refused:
+                client.load_model("tiny", "org/name", revision=revision)
+            assert [found.field for found in refused.value.field_violations] == ["revision"]
+    assert "internal error" not in site.server.log
 
 
 def test_a_broken_model_fails_and_another_takes_its_name(site: Site) -> None:

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from januslens_server.errors import ModelExists, ModelLoading, ModelNotFound
+from januslens_server.errors import (
+    InvalidRequest,
+    ModelExists,
+    ModelLoading,
+    ModelNotFound,
+    ServerDraining,
+)
 from januslens_server.models.loader import ModelSource, load, weights_hash
 from januslens_server.models.progress import LoadingProgress
 from januslens_server.models.registry import Registry
@@ -78,6 +84,43 @@ def test_a_registry_unloads_a_model_and_frees_its_memory(source: ModelSource) ->
     with pytest.raises(ModelNotFound):
         registry.unload(source.name)
     gc.unfreeze()
+
+
+def test_thousands_of_loads_and_unloads_leave_nothing(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("januslens_server.models.registry.MAX_MODELS", 500)
+    registry = Registry([], checked, lambda _status: None)
+    for part in range(4):
+        names = [f"{part}-{i}" for i in range(500)]
+        for name in names:
+            assert registry.add(ModelSource(name, "/none"))
+        with pytest.raises(InvalidRequest, match="expected at most 500; unload some"):
+            registry.add(ModelSource("more", "/none"))
+        for name in names:
+            registry.load(name)
+            assert registry.status(name).state is ModelState.FAILED
+            registry.unload(name)
+    for _ in range(3):
+        assert registry.add(source)
+        registry.load(source.name)
+        with registry.using(source.name):
+            pass
+        registry.unload(source.name)
+    left = [vars(registry)[name] for name in ("_statuses", "_sources", "_progress", "_users")]
+    assert left == [{}, {}, {}, {}]
+    gc.unfreeze()
+
+
+def test_no_model_is_loaded_or_unloaded_while_the_server_shuts_down(source: ModelSource) -> None:
+    registry = Registry([source], checked, lambda _status: None)
+    registry.close()
+    registry.load(source.name)
+    assert registry.status(source.name).state is ModelState.LOADING
+    with pytest.raises(ServerDraining):
+        registry.add(ModelSource("other", "/none"))
+    with pytest.raises(ServerDraining):
+        registry.check_unloadable(source.name)
 
 
 def test_seconds_without_progress_count_while_a_model_loads(source: ModelSource) -> None:

@@ -58,9 +58,10 @@ class AdminServiceServicer(object):
     def LoadModel(self, request, context):
         """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
         Has no effect if the model is already loading or READY from the same source; a FAILED model is
-        loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-        operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
-        being unloaded.
+        loaded again. INVALID_ARGUMENT for an invalid name, source or revision, and if the server has
+        1,000 models; PERMISSION_DENIED for a source that the operator does not allow; ALREADY_EXISTS if
+        the model of this name has another source, or is being unloaded; UNAVAILABLE while the server
+        shuts down.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,8 +70,8 @@ class AdminServiceServicer(object):
     def UnloadModel(self, request, context):
         """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
         finished and the memory is free. The model is also removed if the deadline passes first.
-        NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
-        is the base of a LoRA, which must be unloaded first.
+        NOT_FOUND for an unknown name; UNAVAILABLE while the model loads or the server shuts down;
+        INVALID_ARGUMENT if the model is the base of a LoRA, which must be unloaded first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,15 +39,16 @@ class AdminServiceStub:
     LoadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]
     """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
     Has no effect if the model is already loading or READY from the same source; a FAILED model is
-    loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-    operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
-    being unloaded.
+    loaded again. INVALID_ARGUMENT for an invalid name, source or revision, and if the server has
+    1,000 models; PERMISSION_DENIED for a source that the operator does not allow; ALREADY_EXISTS if
+    the model of this name has another source, or is being unloaded; UNAVAILABLE while the server
+    shuts down.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]
     """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
     finished and the memory is free. The model is also removed if the deadline passes first.
-    NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
-    is the base of a LoRA, which must be unloaded first.
+    NOT_FOUND for an unknown name; UNAVAILABLE while the model loads or the server shuts down;
+    INVALID_ARGUMENT if the model is the base of a LoRA, which must be unloaded first.
     """
 
 @_typing.type_check_only
@@ -61,15 +62,16 @@ class AdminServiceAsyncStub(AdminServiceStub):
     LoadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
     Has no effect if the model is already loading or READY from the same source; a FAILED model is
-    loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-    operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
-    being unloaded.
+    loaded again. INVALID_ARGUMENT for an invalid name, source or revision, and if the server has
+    1,000 models; PERMISSION_DENIED for a source that the operator does not allow; ALREADY_EXISTS if
+    the model of this name has another source, or is being unloaded; UNAVAILABLE while the server
+    shuts down.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
     finished and the memory is free. The model is also removed if the deadline passes first.
-    NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
-    is the base of a LoRA, which must be unloaded first.
+    NOT_FOUND for an unknown name; UNAVAILABLE while the model loads or the server shuts down;
+    INVALID_ARGUMENT if the model is the base of a LoRA, which must be unloaded first.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -86,9 +88,10 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.LoadModelResponse, _abc.Awaitable[_admin_pb2.LoadModelResponse]]:
         """Adds a model and returns at once, while the model loads; GetModel reports its state and progress.
         Has no effect if the model is already loading or READY from the same source; a FAILED model is
-        loaded again. INVALID_ARGUMENT for an invalid name; PERMISSION_DENIED for a source that the
-        operator does not allow; ALREADY_EXISTS if the model of this name has another source, or is
-        being unloaded.
+        loaded again. INVALID_ARGUMENT for an invalid name, source or revision, and if the server has
+        1,000 models; PERMISSION_DENIED for a source that the operator does not allow; ALREADY_EXISTS if
+        the model of this name has another source, or is being unloaded; UNAVAILABLE while the server
+        shuts down.
         """
 
     @_abc_1.abstractmethod
@@ -99,8 +102,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.UnloadModelResponse, _abc.Awaitable[_admin_pb2.UnloadModelResponse]]:
         """Removes a model: later requests get NOT_FOUND, and admitted ones finish. Returns when they have
         finished and the memory is free. The model is also removed if the deadline passes first.
-        NOT_FOUND for an unknown name; UNAVAILABLE while the model loads; INVALID_ARGUMENT if the model
-        is the base of a LoRA, which must be unloaded first.
+        NOT_FOUND for an unknown name; UNAVAILABLE while the model loads or the server shuts down;
+        INVALID_ARGUMENT if the model is the base of a LoRA, which must be unloaded first.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

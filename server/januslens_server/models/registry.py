@@ -44,6 +44,8 @@ Scope = Callable[[str], bool]
 # Seconds within which the tensors of an unloaded model must be free, and between two collections.
 # The last references to them are those of requests that have just ended.
 RELEASE_SECONDS, COLLECTION_SECONDS = 10.0, 0.1
+# Models in any state, of which ListModels returns up to 1.6 KB each.
+MAX_MODELS = 1000
 
 
 def embedded_source(device: str = "cpu", data_type: str = "auto") -> ModelSource:
@@ -103,8 +105,9 @@ class Registry:
 
         It is not loaded again if it is already loading or READY from this location. A FAILED model
         is replaced. Raises `ModelExists` if another model has the name, or the model is being
-        unloaded.
+        unloaded, `InvalidRequest` if there are too many models, and `ServerDraining`.
         """
+        self._refuse_when_closed()
         with self._changed:
             known = self._statuses.get(source.name)
             if known is not None and known.state is not ModelState.FAILED:
@@ -118,6 +121,10 @@ class Registry:
                     being, advice = "in use", "unload that model first"
                 raise ModelExists(
                     f"model name {source.name!r} is {being}; {advice}, or choose another name"
+                )
+            if known is None and len(self._statuses) >= MAX_MODELS:
+                raise InvalidRequest(
+                    "model", f"too many models: expected at most {MAX_MODELS}; unload some"
                 )
             self._expect(source)
         return True
@@ -136,7 +143,7 @@ class Registry:
     def load(self, name: str) -> None:
         """Load one model in the state LOADING. If it fails, nothing of it stays in memory."""
         with self._changed:
-            if self._statuses[name].state is not ModelState.LOADING:
+            if self._closed or self._statuses[name].state is not ModelState.LOADING:
                 return
             source, progress = self._sources[name], self._progress[name]
         progress.alive()
@@ -193,10 +200,12 @@ class Registry:
             _release(name, network)
         with self._changed:
             del self._statuses[name], self._sources[name], self._progress[name]
+            del self._users[name]
         self._forget(name)
 
     def check_unloadable(self, name: str) -> None:
-        """Raise the error that `unload` would raise."""
+        """Raise the error that `unload` would raise, and `ServerDraining`."""
+        self._refuse_when_closed()
         status = self.status(name)
         if status.state is ModelState.LOADING:
             raise ModelLoading(f"model {name!r} is still loading; wait until it is READY or FAILED")
@@ -208,6 +217,10 @@ class Registry:
             raise InvalidRequest(
                 "model", f"model {name!r} is the base of {_listed(changed)}; unload these first"
             )
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise ServerDraining("the server is shutting down; ask another replica")
 
     def _set(self, status: ModelStatus) -> None:
         with self._changed:
@@ -303,8 +316,7 @@ class Registry:
             ModelFailed: The model could not be loaded or failed its self-check.
             ServerDraining: The registry is closed.
         """
-        if self._closed:
-            raise ServerDraining("the server is shutting down; ask another replica")
+        self._refuse_when_closed()
         with self._changed:
             status = self.status(name, scope)
             name = status.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 from januslens.v1 import admin_pb2, admin_pb2_grpc
@@ -11,6 +12,9 @@ from januslens_server.models.registry import Registry
 from januslens_server.rpc.call import ADMIN_NAME, Call, Context, current_caller
 from januslens_server.rpc.encode import load_model_response
 
+# Names of branches, tags and commits. The hub library joins them to paths in its cache.
+REVISION = re.compile(r"(?!.*(\.\.|//))[\w][\w./-]{0,199}", re.ASCII)
+
 
 class ModelChanges(Protocol):
     """Loads and unloads models in every process of the server."""
@@ -18,13 +22,14 @@ class ModelChanges(Protocol):
     async def load(self, name: str, source: str, revision: str) -> None:
         """Add a model and begin to load it.
 
-        Raises `PermissionDenied` if the source is not allowed, and `ModelExists`.
+        Raises `PermissionDenied` if the source is not allowed, `ModelExists`, `InvalidRequest` if
+        there are too many models, and `ServerDraining`.
         """
 
     async def unload(self, name: str) -> None:
         """Remove a model; return when its requests have finished and its memory is free.
 
-        Raises `ModelNotFound`, and `ModelLoading` while it loads.
+        Raises `ModelNotFound`, `ModelLoading` while it loads, and `ServerDraining`.
         """
 
 
@@ -46,9 +51,17 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                 raise InvalidRequest(
                     "model", f"invalid name {name!r}; expected 1 to 64 letters, digits, _ . : -"
                 )
-            if not request.source:
+            if not request.source or not request.source.isprintable():
                 raise InvalidRequest(
-                    "source", "source is empty; expected the path of a folder, or a hub id"
+                    "source",
+                    "source is empty or has characters that cannot be printed; expected the path "
+                    "of a folder, or a hub id",
+                )
+            if request.revision and not REVISION.fullmatch(request.revision):
+                raise InvalidRequest(
+                    "revision",
+                    f"invalid revision {request.revision!r}; expected a branch, tag or commit of a "
+                    "hub model",
                 )
             _check_scope(name)
             call.note(model=name, source=request.source)

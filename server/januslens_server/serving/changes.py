@@ -34,8 +34,8 @@ class AllowedSources:
         Raises `PermissionDenied` otherwise, whether or not the source exists.
         """
         if source.startswith("/"):
-            path = Path(source).resolve()
-            if any(path.is_relative_to(folder) for folder in self._folders):
+            path = _resolved(source)
+            if path is not None and any(map(path.is_relative_to, self._folders)):
                 return str(path)
         elif _HUB_ID.fullmatch(source) and not Path(source).exists() and self._lists(source):
             return source
@@ -49,6 +49,14 @@ class AllowedSources:
         """Whether a hub id is listed, or all models of its organisation."""
         organisation = hub_id.partition("/")[0]
         return hub_id in self._loadable or f"{organisation}/*" in self._loadable
+
+
+def _resolved(source: str) -> Path | None:
+    """Return a path without links; None if its links form a loop."""
+    try:
+        return Path(source).resolve()
+    except (OSError, RuntimeError):
+        return None
 
 
 class Changes:
