@@ -77,6 +77,16 @@ def test_both_figures_have_one_scale_and_one_selection(
     for chip in head.all():
         expect(chip).to_have_class(re.compile("selected"))
     assert compared.before.prompt_tokens[3].text.strip() in opened.locator("h1").first.inner_text()
+    name = opened.locator("svg.differences .names [data-id='L3/p7/HEAD_OUTPUT/h2']")
+    name.focus()
+    for key in ("ArrowDown", "ArrowUp", "Enter", "n"):
+        opened.keyboard.press(key)
+    opened.keyboard.type("capitals")
+    opened.keyboard.press("Enter")
+    expect(name).to_have_text("L3 head 2 “capitals”")
+    assert "names=" in opened.url
+    for chip in head.all():
+        expect(chip.locator(".name")).to_have_text(re.compile("^L3 head 2 “capi"))
 
 
 def test_residual_streams_show_the_top_tokens_of_both(

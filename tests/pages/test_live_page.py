@@ -397,6 +397,10 @@ def test_knocked_out_head_is_measured_beside_its_contribution(
     page.get_by_role("button", name="heads", exact=True).click()
     node = part.node.id
     page.locator(f'.heads .cells [data-id="{node}"]').click()
+    page.locator(f'.heads .cells [data-id="{node}"]').press("n")
+    page.get_by_label("Name", exact=True).fill("name mover")
+    page.get_by_label("Name", exact=True).press("Enter")
+    assert "names=" in live.url
     page.get_by_role("button", name="Knock out").press("Enter")
     before = effects.before[0].logit
     added = [before - effect.after[0].logit for effect in effects.effects]
@@ -422,6 +426,7 @@ def test_knocked_out_head_is_measured_beside_its_contribution(
     alone = context.new_page()
     alone.goto(f"{kept.as_uri()}#sel={node}")
     expect(alone.locator(".knock-out")).to_contain_text(_signed(added[1]))
+    expect(alone.locator(".facts .where")).to_contain_text("“name mover”")
     context.close()
 
 

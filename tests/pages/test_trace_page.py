@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
 import januslens
 from januslens import _presentation as presentation
+from januslens.viewer.html import trace_page
 from tests.pages.conftest import ELAPSED, PROMPT, Traced, wait_until
 from tests.pages.models import HOSTILE
 
@@ -619,3 +621,53 @@ def test_page_size_and_drawing_time_are_bounded(tab: Page, large: Traced, wide: 
         assert drawn < 5_000
         for state in ("layers=1", "layers=3&path=1", "layers=3&q=a", "layers=3&min=5"):
             assert tab.evaluate(ELAPSED, state) < 2_000
+
+
+def test_named_head_keeps_its_name_in_labels_link_and_exports(
+    tab: Page, demo: Traced, tmp_path: Path
+) -> None:
+    """The name of a head is given with the keyboard; the texts are hostile."""
+    name, note = 'city "mover" <b>', "writes the city; <img src=x onerror=alert(1)>\u202e"
+    opened(tab, demo, f"layers=3&sel={STRONGEST}")
+    tab.keyboard.press("n")
+    tab.keyboard.type(name)
+    tab.keyboard.press("Tab")
+    tab.keyboard.type(note)
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")  # saves
+    shown = f"L3 head 2 “{name}”"
+    expect(tab.locator(".facts .where")).to_have_text(f"{shown} output, at ␣of (7)")
+    expect(tab.locator(".facts .note")).to_have_text(note.replace("\u202e", ""))
+    expect(tab.locator(".story")).to_contain_text(f"{shown} adds most")
+    part = tab.locator(f'svg.why .parts [data-id="{STRONGEST}"] .name')
+    expect(part).to_have_text(re.compile(re.escape(shown[:14])))
+    expect(tab.locator("svg.detail .strong", has_text=name[:8])).to_have_count(1)
+    link = tab.url
+    tab.goto("about:blank")
+    tab.goto(f"{link}&view=table&map=heads")
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    row = tab.locator(f'table.nodes tr[data-id="{STRONGEST}"]')
+    expect(row.get_by_role("rowheader")).to_have_text(f"{shown} output")
+    cell = tab.locator(f'svg.heads [data-id="{STRONGEST}"]')
+    expect(cell.locator("text").first).to_have_text(re.compile(r"^city"))
+    expect(tab.locator(".names .node-link")).to_contain_text(shown)
+    assert tab.locator("main b, aside b, main img, aside img").count() == 0
+    svg = exported(tab, "SVG", tmp_path / "named.svg", size="column").read_text(encoding="utf-8")
+    texts = [text or "" for text in ElementTree.fromstring(svg).itertext()]  # noqa: S314 - our own
+    assert f"{shown}: writes the city;" in " ".join(texts)
+    tab.get_by_role("button", name="Edit name or note").click()
+    tab.get_by_role("button", name="Remove", exact=True).click()
+    expect(tab.locator(".names")).to_have_count(0)
+    assert "names=" not in tab.url
+
+
+def test_saved_names_are_a_part_of_the_page(tab: Page, demo: Traced, tmp_path: Path) -> None:
+    path = tmp_path / "named.html"
+    names = "L3.h2\tcapitals</script>\t"
+    trace = demo.trace
+    html = trace_page(trace.responses, (), trace.prompt_tokens, names=names)
+    path.write_text(html, encoding="utf-8")
+    opened(tab, Traced(trace, trace, path))
+    expect(tab.locator(".story")).to_contain_text("L3 head 2 “capitals</script>” adds most")
+    changed(tab, "names=")
+    expect(tab.locator(".story")).to_contain_text("L3 head 2 adds most")

@@ -222,7 +222,8 @@ def _trace(streams: Streams) -> str:
         for name, lines in streams.items()
         if name.startswith(_KNOCK_OUT)
     }
-    return trace_page(trace.responses, around, trace.prompt_tokens, knock_outs)
+    names = "\n".join(streams.get("names", ()))
+    return trace_page(trace.responses, around, trace.prompt_tokens, knock_outs, names)
 
 
 def _gradient(streams: Streams) -> str:

@@ -58,6 +58,7 @@ def trace_page(
     overview: Iterable[trace_pb2.TraceResponse],
     prompt: Sequence[Token],
     knock_outs: Mapping[str, Iterable[Message]] | None = None,
+    names: str = "",
 ) -> str:
     """Return the page of a trace.
 
@@ -66,10 +67,12 @@ def trace_page(
         overview: The messages of its overview, which may be empty.
         prompt: The prompt's tokens, for the title.
         knock_outs: Messages of Intervene for nodes that were set to zero, by node id.
+        names: The reader's names and notes of heads and neurons, as in the page's address: one line
+            each of the key, the name and the note between tabs, such as `L9.h6\tname mover\t`.
     """
     measured = {f"knock-out:{node}": messages for node, messages in (knock_outs or {}).items()}
     streams = {"trace": responses, "overview": overview, **measured}
-    return page("trace", f"{_text(prompt)} · Januslens", streams)
+    return page("trace", f"{_text(prompt)} · Januslens", streams, names=names)
 
 
 def gradient_page(
@@ -97,12 +100,14 @@ def page(
     *,
     live: bool = False,
     positions: Mapping[int, int] | None = None,
+    names: str = "",
 ) -> str:
     """Return an HTML file that shows `streams`, the messages of each stream by its name.
 
     Messages are embedded as canonical protobuf JSON (the output of `--json`), deflated and encoded
     in base64. A `live` page is a frame of the live page, which posts the messages to it. The page
-    of a comparison gets the positions of the second prompt by those of the first.
+    of a comparison gets the positions of the second prompt by those of the first, and that of a
+    trace the `names` of `trace_page`.
     """
     style, program = asset("viewer.css"), asset("viewer.js")
     described: dict[str, object] = {
@@ -113,6 +118,8 @@ def page(
     }
     if positions is not None:
         described["positions"] = {str(before): after for before, after in positions.items()}
+    if names:
+        described["names"] = names
     return _PAGE.format(
         policy=_policy(view, style, program),
         title=html.escape(title),

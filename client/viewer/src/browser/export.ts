@@ -13,6 +13,8 @@ export interface Exported {
   stream: string
   /** Lays the pictures out for this width in pixels; undefined = the window's. */
   layout: (width: number | undefined) => void
+  /** Lines below the pictures. */
+  footnotes?: () => readonly string[]
 }
 
 /** A size of figures; text of 11.5 px is then about 6 pt high. */
@@ -141,7 +143,7 @@ interface Figure {
 
 function figureOf(exported: Exported, panels: readonly Panel[], size: Size): Figure {
   exported.layout(size.layout)
-  const figure = standaloneFigure(panels, size)
+  const figure = standaloneFigure(panels, size, exported.footnotes?.() ?? [])
   exported.layout(undefined)
   return figure
 }
@@ -151,8 +153,12 @@ const GAP = 22
 const SVG = 'http://www.w3.org/2000/svg'
 const PIXEL = 25.4 / 96 // mm
 
-/** All panels, stacked below the page's title, with resolved colours and fonts. */
-function standaloneFigure(panels: readonly Panel[], size: Size): Figure {
+/** All panels, stacked below the page's title and above the footnotes, with resolved colours and fonts. */
+function standaloneFigure(
+  panels: readonly Panel[],
+  size: Size,
+  footnotes: readonly string[],
+): Figure {
   const widths = panels.map(({ picture }) => picture.width.baseVal.value)
   const width = Math.max(size.layout ?? 0, ...widths) + 2 * MARGIN
   const parts: string[] = []
@@ -175,6 +181,8 @@ function standaloneFigure(panels: readonly Panel[], size: Size): Figure {
     parts.push(new XMLSerializer().serializeToString(copy))
     y += picture.height.baseVal.value
   }
+  if (footnotes.length > 0) y += GAP - HEIGHTS.quiet
+  for (const line of footnotes) write(line, 'quiet')
   return framed(parts.join(''), width, y + MARGIN, size)
 }
 

@@ -12,6 +12,8 @@ export interface PageDescription {
   live?: boolean
   title: string
   version: string
+  /** Names and notes of heads and neurons that the page was saved with; see `annotationsOf`. */
+  names?: string
   /** Of a comparison: the position in the second prompt by the one in the first, if they differ. */
   positions?: Record<string, number>
 }
@@ -76,6 +78,8 @@ export interface FrameInput {
   select?: Coordinates
   /** Use this theme. */
   theme?: Theme
+  /** Use these names and notes. */
+  names?: string
 }
 
 /** What a frame posts to the live page. */
@@ -92,6 +96,8 @@ export interface FrameOutput {
   removed?: Removed
   /** The user asks for a generation without the part of this node. */
   regenerate?: string
+  /** The user changed the names and notes of heads and neurons. */
+  names?: string
 }
 
 /** The coordinates of an experiment; those that the sweep does not have are undefined. */
@@ -165,6 +171,8 @@ export interface FrameHandlers {
   /** Another frame selected this layer and position. */
   select: (place: Coordinates) => void
   theme: (theme: Theme) => void
+  /** The user changed names and notes in another frame of the same model. */
+  names?: (names: string) => void
 }
 
 /** Listens to the live page, if there is one. */
@@ -187,6 +195,7 @@ function receive(event: MessageEvent<FrameInput>): void {
   if (data.stream !== undefined) queue(data.stream).put(data)
   if (data.select) handlers?.select(data.select)
   if (data.theme !== undefined) handlers?.theme(data.theme)
+  if (data.names !== undefined) handlers?.names?.(data.names)
 }
 
 /** The messages of a stream in order, embedded or posted. */

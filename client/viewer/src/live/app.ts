@@ -34,7 +34,8 @@ export async function livePage(): Promise<void> {
   page.begin()
 }
 
-const STATE = { theme: '', ...QUESTION } as const
+/** `names` are the names and notes of heads and neurons of the question's model. */
+const STATE = { theme: '', names: '', ...QUESTION } as const
 const FIELDS = Object.keys(QUESTION) as (keyof Question)[]
 const READY = 'STATE_READY'
 const REFRESH = 1000 // ms between lists of the models while one is loading
@@ -63,6 +64,8 @@ class LivePage {
   private readonly error = element('p', { class: 'error', role: 'alert' })
   private readonly current = new CurrentResult()
   private readonly examples = new Examples((question) => this.ask(question))
+  /** Names and notes of heads and neurons by model. */
+  private readonly names = new Map<string, string>()
   private readonly history = new History((question) => this.ask(question))
   private readonly form = new Form({ ask: (question) => this.ask(question) })
   private readonly actions: PanelActions = {
@@ -126,6 +129,12 @@ class LivePage {
     const side = element('div', { class: 'header-side' }, theme, this.history.element)
     header.append(element('h1', {}, 'Januslens'), this.form.element, side)
     this.form.status.append(this.current.element, this.error)
+    namesChanged: ({ question }, names) => {
+      this.names.set(question.model, names)
+      this.state.set({ names })
+      for (const panel of this.panels)
+        if (panel.question.model === question.model) panel.useNames(names)
+    },
     document.body.append(header, this.examples.element, this.answers)
     const applyTheme = () => {
       theme.value = this.theme()
@@ -156,6 +165,7 @@ class LivePage {
       this.showModels(models)
       if (models.some(({ state }) => state === 'STATE_LOADING')) this.listModelsLater()
     } catch (error) {
+    this.names.set(question.model || this.form.model.value, this.state.get('names'))
       if (!(error instanceof CallError)) throw error
       this.error.textContent = error.message
       if (error.details.code === 'UNAVAILABLE') this.listModelsLater()
@@ -192,7 +202,7 @@ class LivePage {
       this.error.textContent = ''
       VIEWS[view].request(question) // throws if the question cannot be sent
       if (question.ids === '') this.form.show(question)
-      this.state.set(question)
+      this.state.set({ ...question, names: this.names.get(question.model) ?? '' })
       this.history.add(question)
       this.open(question, place)
     } catch (error) {
@@ -229,6 +239,7 @@ class LivePage {
 }
 
 /** The progress of the newest result beside the question, with a button that stops it. */
+    panel.useNames(this.names.get(question.model) ?? '')
 class CurrentResult {
   readonly element = element('p', { class: 'current' })
   private readonly text = element('span', {})

@@ -53,6 +53,8 @@ export interface PanelActions {
   removed: (panel: Panel, view: View, part: string) => void
   /** The user wants another sweep of the same prompt. */
   sweptOver: (panel: Panel, sweep: string) => void
+  /** The user changed the names and notes of heads and neurons. */
+  namesChanged: (from: Panel, names: string) => void
   /** The progress has changed. */
   progressed: (panel: Panel) => void
   closed: (panel: Panel) => void
@@ -68,6 +70,7 @@ export class Panel {
   private readonly status = element('span', { class: 'status', role: 'status' })
   private readonly controller = new AbortController()
   private readonly cancel: HTMLButtonElement
+  private names = ''
   private received = 0
   private experiments = 0
 
@@ -120,6 +123,13 @@ export class Panel {
     this.controller.abort()
   }
 
+  /** Shows names and notes of heads and neurons. */
+  useNames(names: string): void {
+    if (names === this.names) return
+    this.names = names
+    this.frame.post({ names })
+  }
+
   /** Says why a request that started in this panel could not be sent. */
   refuse(reason: string): void {
     this.status.textContent = reason
@@ -133,7 +143,9 @@ export class Panel {
     this.frame.post({ stream, message })
   }
 
-  private reported({ at, target, generated, knockOut, removed, regenerate }: FrameOutput): void {
+  private reported(news: FrameOutput): void {
+    const { at, target, generated, knockOut, removed, regenerate, names } = news
+    if (names !== undefined) this.actions.namesChanged(this, names)
     if (at) this.actions.selectionMoved(this, at)
     if (target) this.actions.targetChosen(this, target)
     if (generated) this.actions.generatedChosen(this, generated)
@@ -274,7 +286,9 @@ export class Panel {
   }
 
   private async savePage(): Promise<void> {
-    save(`${this.name()}.html`, 'text/html', await savedPage(this.view, this.streams))
+    const names = this.view === 'trace' && this.names ? { names: this.names.split('\n') } : {}
+    const streams = { ...this.streams, ...names }
+    save(`${this.name()}.html`, 'text/html', await savedPage(this.view, streams))
   }
 
   private saveLines(): void {

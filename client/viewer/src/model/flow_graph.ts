@@ -11,6 +11,7 @@ import type {
   TraceResponse,
 } from '../contract'
 import { finite, number, optional } from '../contract'
+import { type Annotation, annotationKey, annotationsOf } from './annotations'
 import { type Token, TokenTable, tokenOf } from './tokens'
 
 /** A token with its probability and logit in a projection. */
@@ -45,6 +46,8 @@ export interface GraphNode {
   expert: number | undefined
   norm: number
   activation: number | undefined
+  /** The reader's name and note for the head or neuron that the node belongs to. */
+  annotation: Annotation | undefined
   readonly reading: Reading | undefined
 }
 
@@ -87,6 +90,7 @@ export function nodeOf(message: NodeMessage, tokens: TokenTable): GraphNode {
     expert: message.expert,
     norm: number(message.norm),
     activation: optional(message.activation),
+    annotation: undefined,
     get reading() {
       if (projection && !reading) reading = readingOf(projection, tokens)
       return reading
@@ -195,7 +199,9 @@ export class FlowGraph {
   /** The layers without all parts. */
   limited: LayerLevelMessage[] = []
   times: StageTimeMessage[] = []
-  /** Incremented with every message, so that a view knows when to redraw. */
+  /** The reader's names and notes by the key of the head or neuron. */
+  annotations: ReadonlyMap<string, Annotation> = new Map()
+  /** Incremented with every message and annotation, so that a view knows when to redraw. */
   version = 0
   /** Whether every stream that started has also sent its summary. */
   get complete(): boolean {
@@ -207,6 +213,7 @@ export class FlowGraph {
     return this.sizes.vocabSize
   }
 
+  private annotationText = ''
   private headers = 0
   private summaries = 0
   private readonly into = new Map<string, GraphEdge[]>()
@@ -247,9 +254,25 @@ export class FlowGraph {
     this.tokens.learn(layer.tokens)
     this.layers.add(layer.layer ?? 0)
     for (const message of layer.nodes ?? []) {
-      this.nodes.set(message.id, nodeOf(message, this.tokens))
+      const node = nodeOf(message, this.tokens)
+      this.nodes.set(message.id, this.withAnnotation(node))
     }
     for (const message of layer.edges ?? []) this.join(edgeOf(message))
+  }
+
+  /** Gives the nodes the annotations of a text (see `annotationsOf`), and removes all others. */
+  annotate(text: string): void {
+    if (text === this.annotationText) return
+    this.annotationText = text
+    this.annotations = annotationsOf(text)
+    for (const node of this.nodes.values()) this.withAnnotation(node)
+    this.version++
+  }
+
+  private withAnnotation(node: GraphNode): GraphNode {
+    if (this.annotations.size > 0 || node.annotation)
+      node.annotation = this.annotations.get(annotationKey(node) ?? '')
+    return node
   }
 
   private join(edge: GraphEdge): void {

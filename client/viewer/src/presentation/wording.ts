@@ -119,13 +119,14 @@ export function nodeName(node: GraphNode, prompt: readonly Token[]): string {
   return text.filter(Boolean).join(' ')
 }
 
-/** `L2 head 3` or `L2 expert 1 neuron 7`. */
-export function numbered({ layer, head, expert, neuron }: GraphNode): string {
+/** `L2 head 3` or `L2 expert 1 neuron 7`, with the reader's name for it: `L2 head 3 “capitals”`. */
+export function numbered({ layer, head, expert, neuron, annotation }: GraphNode): string {
   const text: string[] = []
   if (layer !== undefined) text.push(`L${layer}`)
   if (head !== undefined) text.push(`head ${head}`)
   if (expert !== undefined) text.push(`expert ${expert}`)
   if (neuron !== undefined) text.push(`neuron ${neuron}`)
+  if (annotation?.name) text.push(`“${isolated(annotation.name)}”`)
   return text.join(' ')
 }
 

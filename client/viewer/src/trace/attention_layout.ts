@@ -8,6 +8,7 @@ import {
   type Detail,
   HEAD,
   heading,
+  neuronName,
   PAD,
   type Place,
   type Placed,
@@ -161,6 +162,9 @@ function placeHead(
     into(detail, row.rest.node, row.rest.edge.share ?? 0, columns, line, middle)
   }
   detail.chip(row.node, columns.output, middle - ROW / 2, columns.chip)
+  const name = row.node.annotation?.name ?? ''
+  if (name !== '')
+    detail.text(columns.output, middle - ROW + 4, name, 'strong', 'start', columns.chip + SHARE)
 }
 
 /** The head's name, its query and, if there is room, its attention over the prompt. */
@@ -214,6 +218,7 @@ function into(
 // They are expanded on demand; their shares are of attention's output.
 
 const MARGIN = 6
+const ROW_NAME = 150 // px
 
 /** The head's name in the URL: `layer.head`. */
 export function headName(row: HeadRow): string {
@@ -258,7 +263,7 @@ export function placeOutputRows(
     const y = top + (i + 1) * ROW
     const middle = y + ROW / 2
     const activation = finite(node.activation)
-    detail.text(columns.weight - 12, middle, `${node.neuron}`, 'number', 'end')
+    detail.text(columns.weight - 12, middle, neuronName(node), 'number', 'end', ROW_NAME)
     signedBar(detail, activation / largest, columns.weight, y, WEIGHT - 6)
     detail.chip(node, columns.value, y, columns.chip, activation < 0)
     if (share !== undefined) detail.text(columns.output, middle, percent(share), 'number')

@@ -3,8 +3,10 @@ import { exportDialog } from '../browser/export'
 import { HashState, oncePerFrame, type Shell, setTheme, shell, type Theme } from '../browser/shell'
 import { messages, pageDescription } from '../browser/streams'
 import type { TraceResponse } from '../contract'
+import { annotationKey } from '../model/annotations'
 import { FlowGraph } from '../model/flow_graph'
 import { contributionTree } from '../model/graph_queries'
+import { fitted } from '../model/tokens'
 import { BINS, binOf, type Marks } from '../presentation/colours'
 import {
   button,
@@ -18,9 +20,19 @@ import {
 } from '../presentation/elements'
 import { drawHeatMap, type HeatCell, heatPicture } from '../presentation/heatmap'
 import { explained, rendered, targetSentence } from '../presentation/sentences'
-import { defineHatches, GUTTER, groupNamed, type Svg } from '../presentation/svg'
-import { count, nodeSentence, probability, signed } from '../presentation/wording'
+import {
+  CHARACTER,
+  charactersIn,
+  defineHatches,
+  GUTTER,
+  groupNamed,
+  type Svg,
+  setTabStop,
+} from '../presentation/svg'
+import { count, nodeSentence, probability, shortName, signed } from '../presentation/wording'
+import { annotationDialog, annotationLines } from './annotating'
 import { type Difference, differences, otherIds } from './comparison_rows'
+import { movedFocus, typing } from './controls'
 import { WhyFigure } from './why'
 import { whyScale } from './why_layout'
 
@@ -44,12 +56,28 @@ const GAP = 36
 const NARROWEST = 350
 
 class ComparisonView {
-  private readonly state = new HashState({ sel: '', theme: '' })
+  private readonly state = new HashState({
+    sel: '',
+    theme: '',
+    names: pageDescription().names ?? '',
+  })
   private readonly tooltip = new Tooltip()
   private readonly figures: readonly [WhyFigure, WhyFigure]
   private readonly pair = element('div', { class: 'pair' })
   private readonly parts = create('svg').attr('class', 'picture differences') as unknown as Svg
   private readonly streams = heatPicture('Residual streams of both traces')
+  private readonly openAnnotation = annotationDialog({
+    text: () => this.state.get('names'),
+    change: (names) => this.state.set({ names }),
+  })
+  private readonly nameButton = button(
+    'Name or note',
+    'Name the selected head or neuron, or add a note to it',
+    () => {
+      const node = this.before.node(this.state.get('sel'))
+      if (node) this.openAnnotation(node)
+    },
+  )
   private readonly theme = choice('Theme', THEMES, (theme) => this.state.set({ theme }))
   private readonly rows: readonly Difference[]
   /** The id in the second trace by the id in the first. */
@@ -73,6 +101,7 @@ class ComparisonView {
       new WhyFigure(before, this.tooltip, actions(String)),
       new WhyFigure(after, this.tooltip, actions(ids.toBefore)),
     ]
+    document.addEventListener('keydown', (event) => this.pressed(event))
     const draw = oncePerFrame(() => this.draw())
     this.fill(title)
     this.state.subscribe(draw)
@@ -107,8 +136,13 @@ class ComparisonView {
       this.exportWidth = width
       this.draw()
     }
-    const open = exportDialog({ title, stream: 'before', layout })
-    toolbar.append(this.theme, button('Export', 'Export the figures or the first trace', open))
+    const footnotes = () => annotationLines(this.before)
+    const open = exportDialog({ title, stream: 'before', layout, footnotes })
+    toolbar.append(
+      this.nameButton,
+      this.theme,
+      button('Export', 'Export the figures or the first trace', open),
+    )
     this.pair.append(...this.figures.map((figure) => figure.element))
     const streams = element(
       'section',
@@ -125,6 +159,20 @@ class ComparisonView {
     if (this.rows.length > 0) second.prepend(this.differencePanel())
     main.append(this.pair, second)
     aside.remove()
+  }
+
+  /** Arrow keys move the focus, Enter selects a part, and n names it. */
+  private pressed(event: KeyboardEvent): void {
+    const { target, key } = event
+    if (event.ctrlKey || event.metaKey || event.altKey || typing(target)) return
+    if (document.querySelector('dialog[open]')) return
+    if (movedFocus(event)) event.preventDefault()
+    else if (key === 'Enter' && target instanceof SVGElement)
+      target.dispatchEvent(new MouseEvent('click', { bubbles: true }))
+    else if (key === 'n') {
+      event.preventDefault()
+      this.nameButton.click()
+    }
   }
 
   private differencePanel(): HTMLElement {
@@ -149,6 +197,7 @@ class ComparisonView {
   }
 
   draw(): void {
+    for (const graph of [this.before, this.after]) graph.annotate(this.state.get('names'))
     const theme = this.state.get('theme')
     setTheme(theme as Theme)
     this.theme.value = theme
@@ -159,6 +208,8 @@ class ComparisonView {
     )
     const scale = Math.min(...trees.map(whyScale))
     const selected = this.state.get('sel')
+    const part = this.before.node(selected)
+    this.nameButton.disabled = !part || annotationKey(part) === undefined
     for (const [i, figure] of this.figures.entries()) {
       const graph = i === 0 ? this.before : this.after
       const own = selected && i === 1 ? this.toAfter(selected) : selected
@@ -167,6 +218,8 @@ class ComparisonView {
     const width = Math.min(half, WIDEST)
     drawDifferences(this.parts, this.rows, width, selected)
     this.drawStreams(width)
+    for (const picture of this.shellParts.main.querySelectorAll('svg.why, svg.differences'))
+      setTabStop(picture, picture.querySelector('[tabindex].selected') ?? undefined)
   }
 
   private drawStreams(width: number): void {
@@ -227,7 +280,8 @@ function residualCell(graph: FlowGraph | undefined, layer: number): HeatCell | u
 
 const ROW = 34
 const TOP = 24
-const NAME = 150
+const NAME = 150 // px, at least
+const LONGEST_NAME = 0.4 // of the figure's width
 const NUMBER = 52 // px beside a bar
 const BAR = 11
 
@@ -246,9 +300,12 @@ function drawDifferences(
   const span = (of: readonly number[]) => [Math.min(0, ...of), Math.max(0, ...of)] as const
   const [low, high] = span(values)
   const [least, most] = span(changes)
-  const scale = (width - NAME - 4 * NUMBER) / (high - low + most - least || 1)
+  const longest = Math.max(...rows.map((row) => nameOf(row).length)) * CHARACTER + 12
+  const name = Math.min(LONGEST_NAME * width, Math.max(NAME, longest))
+  const scale = (width - name - 4 * NUMBER) / (high - low + most - least || 1)
   const zeros = {
-    values: NAME + NUMBER - low * scale,
+    names: name,
+    values: name + NUMBER - low * scale,
     changes: width - NUMBER - most * scale,
   }
   const bars = rows.flatMap((row, i) => barsOf(row, TOP + i * ROW, zeros))
@@ -279,8 +336,14 @@ interface Bar {
 }
 
 interface Zeros {
+  /** The right edge of the names. */
+  names: number
   values: number
   changes: number
+}
+
+function nameOf({ node }: Difference): string {
+  return node ? shortName(node) : 'all other parts'
 }
 
 function barsOf(row: Difference, y: number, zeros: Zeros): Bar[] {
@@ -308,11 +371,12 @@ function drawNames(svg: Svg, rows: readonly Difference[], zeros: Zeros, selected
     .selectAll('text')
     .data(rows)
     .join('text')
-    .attr('class', ({ id }) => (id !== '' && id === selected ? 'strong selected' : 'strong'))
-    .attr('data-id', ({ id }) => id || null)
-    .attr('tabindex', null)
+    .attr('class', ({ node }) => (node && node.id === selected ? 'strong selected' : 'strong'))
+    .attr('data-id', ({ node }) => node?.id ?? null)
+    .attr('tabindex', ({ node }) => (node ? -1 : null))
+    .attr('role', ({ node }) => (node ? 'button' : null))
     .attr('x', 0)
     .attr('y', (_, i) => TOP + i * ROW + ROW / 2)
     .attr('dominant-baseline', 'central')
-    .text(({ name }) => name)
+    .text((row) => fitted(nameOf(row), charactersIn(zeros.names)))
 }

@@ -1,16 +1,14 @@
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import type { ContributionTree } from '../model/graph_queries'
-import { shortName } from '../presentation/wording'
 import { partOf } from './inspector'
 
 // The parts of two traces whose contributions differ most.
 
 /** A part in two traces. */
 export interface Difference {
-  /** The id in the first trace; '' for all other parts. */
-  id: string
-  name: string
+  /** The part in the first trace; undefined for all other parts. */
+  node: GraphNode | undefined
   /** What it adds to the target's logit. */
   before: number
   after: number
@@ -49,20 +47,20 @@ const SHOWN = 12
  */
 export function differences(before: Side, after: Side, ids: Ids): Difference[] {
   if (!before.tree || !after.tree || !sameParts(before.graph, after.graph)) return []
-  const rows = partsAt(before).flatMap((node) => {
+  const rows: Difference[] = partsAt(before).flatMap((node) => {
     const [first, second] = [
       contributionOf(before.graph, node.id),
       contributionOf(after.graph, ids.toAfter(node.id)),
     ]
     if (first === undefined || second === undefined) return []
-    return { id: node.id, name: shortName(node), before: first, after: second }
+    return { node, before: first, after: second }
   })
   rows.sort((a, b) => changed(b) - changed(a))
   const shown = rows.slice(0, SHOWN)
   const left = (tree: ContributionTree, side: 'before' | 'after') =>
     shown.reduce((rest, row) => rest - row[side], tree.contribution)
   const others = { before: left(before.tree, 'before'), after: left(after.tree, 'after') }
-  return [...shown, { id: '', name: 'all other parts', ...others }]
+  return [...shown, { node: undefined, ...others }]
 }
 
 /** Disjoint parts of the residual stream; attention without known heads is one part. */

@@ -1,4 +1,5 @@
 import { HashState } from '../browser/shell'
+import { pageDescription } from '../browser/streams'
 import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import { strongestDestination, strongestSource } from '../model/graph_queries'
@@ -42,6 +43,8 @@ export const TRACE_STATE = {
   path: '',
   /** The view below the overview: the picture ('') or `table`. */
   view: '',
+  /** Names and notes of heads and neurons; see `annotationsOf`. */
+  names: '',
   theme: '',
 } as const
 
@@ -49,7 +52,7 @@ export type TraceKey = keyof typeof TRACE_STATE
 export type TraceState = HashState<TraceKey>
 
 export function traceState(): TraceState {
-  return new HashState<TraceKey>(TRACE_STATE)
+  return new HashState<TraceKey>({ ...TRACE_STATE, names: pageDescription().names ?? '' })
 }
 
 // Filters hide rows and report how much of the sum they hide.
@@ -206,6 +209,7 @@ export const KEYS = [
   ['[', 'select the strongest source'],
   [']', 'select the sum that it is part of'],
   ['p', 'pin or unpin the selected node'],
+  ['n', 'name the selected head or neuron, or add a note to it'],
   ['f', 'show or hide where the logit comes from'],
   ['/', 'search for a token'],
   ['h', 'switch between heads and residual stream'],
@@ -216,6 +220,7 @@ export const KEYS = [
 interface KeyCommands {
   select: (id: string) => void
   pin: (id: string) => void
+  annotate: (id: string) => void
   openHead: (head: string) => void
   help: () => void
   search: () => void
@@ -230,6 +235,7 @@ export function listenToKeys(graph: FlowGraph, state: TraceState, commands: KeyC
     '[': () => to(strongestSource(graph, selected())?.id),
     ']': () => to(strongestDestination(graph, selected())?.id),
     p: () => selected() && commands.pin(selected()),
+    n: () => commands.annotate(selected()),
     f: () => flip(state, 'path'),
     h: () => state.set({ map: state.get('map') === 'heads' ? '' : 'heads' }),
     t: () => state.set({ view: state.get('view') === 'table' ? '' : 'table' }),
@@ -238,7 +244,7 @@ export function listenToKeys(graph: FlowGraph, state: TraceState, commands: KeyC
   }
   document.addEventListener('keydown', (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return
-    if (moved(event) || entered(event, commands)) return event.preventDefault()
+    if (movedFocus(event) || entered(event, commands)) return event.preventDefault()
     const action = actions[event.key]
     if (!action || document.querySelector('dialog[open]')) return
     event.preventDefault()
@@ -246,11 +252,17 @@ export function listenToKeys(graph: FlowGraph, state: TraceState, commands: KeyC
   })
 }
 
-function typing(target: EventTarget | null): boolean {
-  return target instanceof HTMLInputElement || target instanceof HTMLSelectElement
+/** Whether keys go into a control. */
+export function typing(target: EventTarget | null): boolean {
+  return (
+    target instanceof HTMLInputElement ||
+    target instanceof HTMLTextAreaElement ||
+    target instanceof HTMLSelectElement
+  )
 }
 
-function moved(event: KeyboardEvent): boolean {
+/** Moves the focus to the nearest element of a picture, if an arrow key was pressed in one. */
+export function movedFocus(event: KeyboardEvent): boolean {
   const from = event.target
   if (!event.key.startsWith('Arrow') || !(from instanceof SVGElement)) return false
   const picture = from.closest('svg')

@@ -208,12 +208,13 @@ function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): strin
     .attr('width', column.width)
     .attr('height', at.cellHeight)
     .attr('fill-opacity', STRONGEST * part)
-  const label = cell.node.reading?.top[0]?.token.label ?? ''
+  const named = cell.node.annotation?.name ?? ''
+  const label = named || (cell.node.reading?.top[0]?.token.label ?? '')
   const token =
     column.labelled && at.cellHeight >= 11 ? fitted(label, charactersIn(column.width - 11)) : ''
   const two = at.cellHeight >= TWO_LINES && token !== ''
   const lines = [
-    { text: token, style: '', y: at.cellHeight * (two ? 0.3 : 0.47) },
+    { text: token, style: named && 'strong', y: at.cellHeight * (two ? 0.3 : 0.47) },
     { text: two ? of.format(cell.value) : '', style: 'number', y: at.cellHeight * 0.66 },
   ]
   own
@@ -230,6 +231,14 @@ function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): strin
     .data([part])
     .join('path')
     .attr('d', `M0,${at.cellHeight - 3}h${part * column.width}v3h${-part * column.width}z`)
+  own
+    .selectAll('circle')
+    .data(cell.node.annotation ? [0] : [])
+    .join('circle')
+    .attr('class', 'annotated')
+    .attr('cx', column.width - 4)
+    .attr('cy', 4)
+    .attr('r', 2.2)
   return two ? `${token}${of.format(cell.value)}` : `${token} ${of.format(cell.value)}`
 }
 

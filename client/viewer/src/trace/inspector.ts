@@ -1,4 +1,5 @@
 import { finite } from '../contract'
+import { annotationKey, annotationTitle, keyNode } from '../model/annotations'
 import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_graph'
 import type { ContributionTree, Found } from '../model/graph_queries'
 import { isolated } from '../model/tokens'
@@ -47,6 +48,7 @@ export function fillInspector(
   }
   const node = selected ?? defaultNode(graph, shown.position)
   if (node) sections.push(nodeFacts(node, graph, shown.knockOut(node)))
+  if (graph.annotations.size > 0) sections.push(annotationList(graph, shown.position))
   aside.replaceChildren(...sections)
 }
 
@@ -91,6 +93,28 @@ function contributionList(tree: ContributionTree, graph: FlowGraph): HTMLElement
   return section('path', `Where the ${figure} comes from`, note, lines)
 }
 
+/** The named heads and neurons, which are links if the trace has them at the position. */
+function annotationList(graph: FlowGraph, position: number): HTMLElement {
+  const lines = Array.from(graph.annotations, ([key, { name, note }]) => {
+    const node = graph.node(keyNode(key, position))
+    const title = annotationTitle(key, name)
+    const shown = node ? nodeLink(node, '', graph, title) : element('p', { class: 'quiet' }, title)
+    return element('div', {}, shown, ...noteLine(note))
+  })
+  return section('names', 'Names and notes', 'kept in the address of this page', lines)
+}
+
+function noteLine(note: string): HTMLElement[] {
+  return note === '' ? [] : [element('p', { class: 'note', dir: 'auto' }, note)]
+}
+
+/** The button that names a head or neuron. */
+function annotateButton(node: GraphNode): HTMLElement[] {
+  if (annotationKey(node) === undefined) return []
+  const attributes = { type: 'button', class: 'button annotate', 'data-annotate': node.id }
+  return [element('button', attributes, node.annotation ? 'Edit name or note' : 'Name or note')]
+}
+
 function section(
   name: string,
   title: string,
@@ -117,7 +141,7 @@ export function nodeFacts(
   knockOut?: HTMLElement | undefined,
 ): HTMLElement {
   const facts = element('section', { class: 'facts', 'data-node': node.id })
-  facts.append(...nodeHeading(node, graph), measures(node, graph))
+  facts.append(...nodeHeading(node, graph), ...annotateButton(node), measures(node, graph))
   if (knockOut) facts.append(knockOut)
   const { reading } = node
   if (reading) {
@@ -145,7 +169,8 @@ export function nodeHeading(node: GraphNode, graph: FlowGraph): HTMLElement[] {
   const heading = element('h2', {}, dot, tokenText(shown?.token.label ?? '—'))
   const where = element('p', { class: 'where' }, nodeName(node, graph.prompt))
   if (node.kind !== 'BLOCK_INPUT') where.append(`, at ${at(node.position, graph.prompt)}`)
-  return text ? [heading, where, element('p', { class: 'quiet' }, text)] : [heading, where]
+  const flippedNote = text ? [element('p', { class: 'quiet' }, text)] : []
+  return [heading, where, ...flippedNote, ...noteLine(node.annotation?.note ?? '')]
 }
 
 function targetId(node: GraphNode, graph: FlowGraph): number | undefined {

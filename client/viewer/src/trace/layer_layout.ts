@@ -9,6 +9,7 @@ import {
   Detail,
   HEAD,
   heading,
+  neuronName,
   PAD,
   type Place,
   type Placed,
@@ -148,6 +149,8 @@ interface Columns {
 }
 
 const NAME = 44
+const LONGEST_NAME = 0.26 // of the block's width
+const NUMBER = 6.4 // px of a character
 const ACTIVATION = 66
 const SHARE = 50
 const RIBBONS = 56
@@ -215,9 +218,11 @@ export function mlpHeight(model: LayerModel, filter: Filter): number {
 
 function columnsIn(at: Place, rows: readonly NeuronRow[], gated: boolean): Columns {
   const chips = gated ? 3 : 2
-  const chip = (at.width - 2 * PAD - NAME - ACTIVATION - SHARE - RIBBONS - 4) / chips
+  const longest = Math.max(0, ...rows.map(({ node }) => neuronName(node).length))
+  const names = Math.max(NAME, Math.min(LONGEST_NAME * at.width, longest * NUMBER + 10))
+  const chip = (at.width - 2 * PAD - names - ACTIVATION - SHARE - RIBBONS - 4) / chips
   const name = at.x + PAD
-  const key = name + NAME
+  const key = name + names
   const up = key + chip + 4
   const activation = gated ? up + chip : key + chip
   const value = activation + ACTIVATION
@@ -228,8 +233,7 @@ function columnsIn(at: Place, rows: readonly NeuronRow[], gated: boolean): Colum
 
 function placeNeuron(detail: Detail, row: NeuronRow, at: Columns, y: number): void {
   const { node } = row
-  const name = node.expert === undefined ? `${node.neuron}` : `e${node.expert} ${node.neuron}`
-  detail.text(at.key - 8, y + ROW / 2, name, 'number', 'end')
+  detail.text(at.key - 8, y + ROW / 2, neuronName(node), 'number', 'end', at.key - at.name)
   if (row.key) detail.chip(row.key, at.key, y, at.chip)
   if (row.up) detail.chip(row.up, at.up, y, at.chip)
   const activation = finite(node.activation)

@@ -1,5 +1,6 @@
 import { finite } from '../contract'
 import type { GraphNode } from '../model/flow_graph'
+import { isolated } from '../model/tokens'
 import { count, percent } from '../presentation/wording'
 import type { Filter } from './controls'
 import type { Block, Row } from './layer_model'
@@ -124,6 +125,12 @@ export class Detail {
 
 function chipBox(x: number, y: number, width: number): Box {
   return { x, y: y + (ROW - CHIP) / 2, width, height: CHIP }
+}
+
+/** The number of a neuron, or of a row of W_O, after the reader's name for it. */
+export function neuronName({ neuron, expert, annotation }: GraphNode): string {
+  const number = expert === undefined ? `${neuron}` : `e${expert} ${neuron}`
+  return annotation?.name ? `${isolated(annotation.name)} ${number}` : number
 }
 
 /** A bar for a value from -1 to 1, drawn from the middle to the right or left. */

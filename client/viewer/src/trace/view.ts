@@ -17,6 +17,7 @@ import {
 } from '../browser/streams'
 import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
 import type { InterveneResponse, TraceResponse } from '../contract'
+import { annotationKey } from '../model/annotations'
 import { FlowGraph, type GraphNode } from '../model/flow_graph'
 import {
   answerAppears,
@@ -37,6 +38,7 @@ import {
 } from '../presentation/elements'
 import { levelSentences, rendered, targetSentence, traceSentences } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
+import { annotationDialog, annotationLines } from './annotating'
 import { filterOf, flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
 import { HeadMatrix } from './heads'
 import { fillInspector } from './inspector'
@@ -51,8 +53,10 @@ export async function tracePage(): Promise<void> {
   connectToLivePage({
     select: ({ layer, position }) => view.select(`L${layer}/p${position}/BLOCK_OUTPUT`),
     theme: (theme) => view.state.set({ theme }),
+    names: (names) => view.state.set({ names }),
   })
-  view.state.subscribe(() => {
+  view.state.subscribe((changed) => {
+    if (changed.has('names')) reportToParent({ names: view.state.get('names') })
     const node = view.graph.node(view.state.get('sel'))
     if (node?.layer !== undefined)
       reportToParent({ at: { layer: node.layer, position: node.position } })
@@ -112,6 +116,10 @@ export class TraceView {
   private readonly overview: Overview
   private readonly heads: HeadMatrix
   private readonly details: Details
+  private readonly openAnnotation = annotationDialog({
+    text: () => this.state.get('names'),
+    change: (names) => this.rename(names),
+  })
   private readonly updateToolbar: () => void
   private readonly maps = element('div', { class: 'maps' })
   private readonly heading = element('div', { class: 'heading' })
@@ -127,10 +135,16 @@ export class TraceView {
     const commands = {
       select: (id: string) => this.select(id),
       pin: (id: string) => this.pin(id),
+      annotate: (id: string) => this.annotate(id),
       openHead: (head: string) => flipIn(this.state, 'heads', head),
       help: () => help.showModal(),
       search: () => parts.toolbar.querySelector<HTMLInputElement>('.search')?.focus(),
-      export: exportDialog({ title, stream: 'trace', layout: (width) => this.layout(width) }),
+      export: exportDialog({
+        title,
+        stream: 'trace',
+        layout: (width) => this.layout(width),
+        footnotes: () => annotationLines(this.graph),
+      }),
     }
     parts.header.prepend(this.heading)
     this.updateToolbar = toolbar(parts.toolbar, this.state, commands)
@@ -182,6 +196,7 @@ export class TraceView {
     const room = this.exportWidth ?? this.parts.main.clientWidth
     const width = Math.max(NARROWEST, room)
     if (graph.layers.size === 0) return
+    graph.annotate(state.get('names'))
     const position = this.position()
     const found = search(graph, state.get('q'))
     const tree = state.get('path') ? contributionTree(graph, position, LISTED) : undefined
@@ -255,6 +270,20 @@ export class TraceView {
     flipIn(this.state, 'pin', id)
   }
 
+  /** Opens the dialog for the name and the note of a node's head or neuron. */
+  private annotate(id: string): void {
+    const node = this.graph.node(id)
+    if (node && annotationKey(node)) this.openAnnotation(node)
+    else this.parts.live.textContent = 'Select a head or a neuron to name it.'
+  }
+
+  private rename(names: string): void {
+    const { aside } = this.parts
+    const inside = aside.contains(document.activeElement)
+    this.state.set({ names })
+    if (inside) aside.querySelector<HTMLElement>('.annotate')?.focus() // drawn anew
+  }
+
   toggleLayer(layer: number): void {
     const shown = this.layers()
     const next = shown.includes(layer) ? shown.filter((l) => l !== layer) : [...shown, layer]
@@ -274,9 +303,11 @@ export class TraceView {
 
   private openLink(event: Event): void {
     const target = event.target as Element
+    const named = target.closest<HTMLElement>('[data-annotate]')?.dataset.annotate
     const unpin = target.closest<HTMLElement>('[data-unpin]')?.dataset.unpin
     const id = target.closest<HTMLElement>('[data-id]')?.dataset.id
-    if (unpin) this.pin(unpin)
+    if (named) this.annotate(named)
+    else if (unpin) this.pin(unpin)
     else if (id) {
       this.select(id)
       this.details.reveal(id)

@@ -1,6 +1,7 @@
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import type { ContributionTree } from '../model/graph_queries'
+import { CHARACTER } from '../presentation/svg'
 import { at, shortName } from '../presentation/wording'
 import { type Ribbon, ROW } from './layer_pieces'
 
@@ -56,6 +57,7 @@ const LEAST_SOURCE = 0.1 // of the largest part; smaller sources of a head have 
 const NARROWEST = 350 // px
 const WITH_TOKENS = 480 // px; narrower figures leave out the parts' top tokens
 const WIDEST = 900
+const LEAST_RIBBON = 48 // px between a number and the stack
 
 /** The height of a logit in pixels at which the parts of a tree fit in their rows. */
 export function whyScale(tree: ContributionTree): number {
@@ -74,7 +76,12 @@ export function whyLayout(
   const total = parts.reduce((sum, part) => sum + Math.abs(finite(part.contribution)), 0)
   const largest = Math.max(...parts.map((part) => Math.abs(finite(part.contribution))))
   const inputs = parts.map((part) => inputsOf(graph, part, LEAST_SOURCE * largest))
-  const columns = columnsIn(Math.min(WIDEST, Math.max(NARROWEST, width)), inputs.flat().length > 0)
+  const named = parts.filter(({ node }) => node.annotation?.name)
+  const columns = columnsIn(
+    Math.min(WIDEST, Math.max(NARROWEST, width)),
+    inputs.flat().length > 0,
+    Math.max(0, ...named.map(({ name }) => name.length)) * CHARACTER,
+  )
   const room = parts.length * ROW
   const stack = { y: TOP + (room - total * scale) / 2, height: total * scale }
   let end = stack.y
@@ -103,15 +110,23 @@ export function whyLayout(
   }
 }
 
-function columnsIn(width: number, hasSources: boolean): WhyColumns {
+/** The columns; `longest` is the width of the longest name that a reader gave, which has room first. */
+function columnsIn(width: number, hasSources: boolean, longest: number): WhyColumns {
   const free = Math.max(0, width - WITH_TOKENS)
   const narrow = width < WITH_TOKENS
   const sourceWidth = (narrow ? 70 : 90) + free * 0.1
   const name = hasSources ? sourceWidth + (narrow ? 22 : 30) + free * 0.16 : 0
-  const chip = name + (narrow ? 112 : 102) + free * 0.12
-  const chipWidth = narrow ? 0 : 70 + free * 0.1
+  const names = (narrow ? 112 : 102) + free * 0.12
   const answerWidth = 66 + free * 0.12
   const answer = width - answerWidth
+  const missing = longest === 0 ? 0 : Math.max(0, longest + 12 - names)
+  let chipWidth = narrow ? 0 : 70 + free * 0.1
+  let spare = answer - 12 - LEAST_RIBBON - (name + names + chipWidth + 46)
+  if (missing > spare) {
+    spare += chipWidth
+    chipWidth = 0
+  }
+  const chip = name + names + Math.min(missing, Math.max(0, spare))
   return {
     sourceWidth,
     name,
