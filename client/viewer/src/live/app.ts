@@ -1,4 +1,4 @@
-import { HashState, setTheme, type Theme } from '../browser/shell'
+import { ChangeTracker, HashState, setTheme, type Theme } from '../browser/shell'
 import { everywhere } from '../model/knock_out'
 import { button, choice, element, THEMES } from '../presentation/elements'
 import { CallError, callOnce, keepToken } from './calls'
@@ -24,6 +24,8 @@ interface ModelMessage {
   state?: string
   stateReason?: string
   nLayers?: number
+  /** From 0 to 1; 0 also if the progress is not known. */
+  loadedFraction?: number
 }
 
 /** Sends requests to a server and shows the results side by side as they arrive. */
@@ -38,7 +40,10 @@ export async function livePage(): Promise<void> {
 const STATE = { theme: '', names: '', ...QUESTION } as const
 const FIELDS = Object.keys(QUESTION) as (keyof Question)[]
 const READY = 'STATE_READY'
-const REFRESH = 1000 // ms between lists of the models while one is loading
+const LOADING = 'STATE_LOADING'
+// ms between lists of the models: while one is loading, or the server is unavailable, from the
+// first to the second, each wait twice as long as the one before; at other times the last.
+const REFRESH = { first: 1000, slowest: 8000, idle: 30_000 }
 
 /** The fields that say which tokens a question is about. */
 function inputFields({ model, prompt, chat, ids }: Question): Partial<Question> {
@@ -59,13 +64,18 @@ interface Place {
 class LivePage {
   private readonly state = new HashState<keyof typeof STATE>(STATE)
   private readonly models = new Map<string, ModelMessage>()
+  /** Names and notes of heads and neurons by model. */
+  private readonly names = new Map<string, string>()
   private readonly panels: Panel[] = []
   private readonly answers = element('main', { class: 'answers' })
   private readonly error = element('p', { class: 'error', role: 'alert' })
+  private readonly listed = new ChangeTracker()
+  /** Whether the error is that of the last list of the models. */
+  private listFailed = false
+  private refresh = 0
+  private wait = REFRESH.first / 2
   private readonly current = new CurrentResult()
   private readonly examples = new Examples((question) => this.ask(question))
-  /** Names and notes of heads and neurons by model. */
-  private readonly names = new Map<string, string>()
   private readonly history = new History((question) => this.ask(question))
   private readonly form = new Form({ ask: (question) => this.ask(question) })
   private readonly actions: PanelActions = {
@@ -119,6 +129,12 @@ class LivePage {
       this.ask({ ...asked, ...sampling, target: '', without: everywhere(part) }, { from })
     },
     sweptOver: (from, sweep) => this.ask({ ...from.question, sweep }, { from, instead: from }),
+    namesChanged: ({ question }, names) => {
+      this.names.set(question.model, names)
+      this.state.set({ names })
+      for (const panel of this.panels)
+        if (panel.question.model === question.model) panel.useNames(names)
+    },
     progressed: (panel) => this.current.follow(panel),
     closed: (panel) => this.forget(panel),
   }
@@ -129,18 +145,15 @@ class LivePage {
     const side = element('div', { class: 'header-side' }, theme, this.history.element)
     header.append(element('h1', {}, 'Januslens'), this.form.element, side)
     this.form.status.append(this.current.element, this.error)
-    namesChanged: ({ question }, names) => {
-      this.names.set(question.model, names)
-      this.state.set({ names })
-      for (const panel of this.panels)
-        if (panel.question.model === question.model) panel.useNames(names)
-    },
     document.body.append(header, this.examples.element, this.answers)
     const applyTheme = () => {
       theme.value = this.theme()
       setTheme(this.theme())
       for (const panel of this.panels) panel.frame.post({ theme: this.theme() })
     }
+    document.addEventListener('visibilitychange', () => {
+      if (!document.hidden) void this.listModels()
+    })
     this.state.subscribe(applyTheme)
     applyTheme()
   }
@@ -152,39 +165,48 @@ class LivePage {
   /** Shows the question of the page's address, and asks it. */
   begin(): void {
     const question = Object.fromEntries(FIELDS.map((field) => [field, this.state.get(field)]))
+    this.names.set(question.model || this.form.model.value, this.state.get('names'))
     if (viewOf(question as Question)) this.ask(question as Question)
   }
 
-  /** Lists the models, again while one of them is loading or the server is unavailable. */
+  /** Lists the models, and again later: soon while one is loading or the server is unavailable. */
   async listModels(): Promise<void> {
     try {
       const { models = [] } = await callOnce<{ models?: ModelMessage[] }>('ListModels', {})
-      this.error.textContent = ''
+      if (this.listFailed) this.error.textContent = ''
+      this.listFailed = false
       this.models.clear()
       for (const model of models) this.models.set(model.name ?? '', model)
-      this.showModels(models)
-      if (models.some(({ state }) => state === 'STATE_LOADING')) this.listModelsLater()
+      if (this.listed.changed(JSON.stringify(models))) this.showModels(models)
+      this.listModelsLater(models.some(({ state }) => state === LOADING))
     } catch (error) {
-    this.names.set(question.model || this.form.model.value, this.state.get('names'))
       if (!(error instanceof CallError)) throw error
       this.error.textContent = error.message
-      if (error.details.code === 'UNAVAILABLE') this.listModelsLater()
+      this.listFailed = true
+      this.listModelsLater(error.details.code === 'UNAVAILABLE')
     }
   }
 
-  private listModelsLater(): void {
-    setTimeout(() => void this.listModels(), REFRESH)
+  private listModelsLater(soon: boolean): void {
+    clearTimeout(this.refresh)
+    this.wait = soon ? Math.min(2 * this.wait, REFRESH.slowest) : REFRESH.first / 2
+    this.refresh = window.setTimeout(
+      () => {
+        // Nobody sees the list of a hidden tab; returning to it lists the models again.
+        if (!document.hidden) void this.listModels()
+      },
+      soon ? this.wait : REFRESH.idle,
+    )
   }
 
   private showModels(models: readonly ModelMessage[]): void {
     const { model } = this.form
     const chosen = model.value || this.state.get('model')
     model.replaceChildren(
-      ...models.map(({ name = '', state = '' }) => {
-        const ready = state === READY
-        const text = ready ? name : `${name} (${state.replace('STATE_', '').toLowerCase()})`
-        const option = element('option', { value: name }, text)
-        option.disabled = !ready
+      ...models.map((model) => {
+        const { name = '', state } = model
+        const option = element('option', { value: name }, modelText(model))
+        option.disabled = state !== READY
         return option
       }),
     )
@@ -217,6 +239,7 @@ class LivePage {
     const view = viewOf(question) ?? 'trace'
     const panel = new Panel(view, question, this.actions)
     panel.frame.post({ theme: this.theme() })
+    panel.useNames(this.names.get(question.model) ?? '')
     this.panels.push(panel)
     this.examples.element.hidden = true
     const layers = this.models.get(question.model)?.nLayers ?? 1
@@ -238,8 +261,16 @@ class LivePage {
   }
 }
 
+/** The model's name, and its state unless it is READY: `gemma (loading, 42 %)`. */
+function modelText({ name = '', state = '', loadedFraction = 0 }: ModelMessage): string {
+  if (state === READY) return name
+  if (state !== LOADING) return `${name} (${state.replace('STATE_', '').toLowerCase()})`
+  if (loadedFraction >= 1) return `${name} (checking)`
+  const progress = loadedFraction > 0 ? `, ${Math.floor(100 * loadedFraction)} %` : ''
+  return `${name} (loading${progress})`
+}
+
 /** The progress of the newest result beside the question, with a button that stops it. */
-    panel.useNames(this.names.get(question.model) ?? '')
 class CurrentResult {
   readonly element = element('p', { class: 'current' })
   private readonly text = element('span', {})

@@ -1,6 +1,8 @@
 // RPCs through the page's own HTTP server: protobuf JSON, one message per line.
 
 const TOKEN = 'januslens-token'
+const NO_RESPONSE =
+  'januslens ui does not respond; if it has ended, start it again and open its new address'
 
 /** Moves the access token from the URL fragment to the session storage. */
 export function keepToken(): void {
@@ -65,6 +67,9 @@ async function post(path: string, body: string, signal?: AbortSignal): Promise<R
     headers: { 'x-januslens-token': sessionStorage.getItem(TOKEN) ?? '' },
     body,
     signal: signal ?? null,
+  }).catch((error: unknown) => {
+    if (!(error instanceof TypeError)) throw error
+    throw new CallError({ message: NO_RESPONSE, code: 'UNAVAILABLE' })
   })
   if (!answer.ok) throw new CallError(await refusal(answer))
   return answer
