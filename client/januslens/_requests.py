@@ -594,6 +594,7 @@ def preview_edits_request(  # noqa: PLR0913 - by keyword
     etas: Iterable[float] = (),
     layers: Layers | None = None,
     matrices: Iterable[MatrixKind | str] | None = None,
+    gradient_cosine: bool = False,
     probes: Iterable[Probe | str] = (),
     interventions: Iterable[Intervention] = (),
     model: str = "",
@@ -608,7 +609,7 @@ def preview_edits_request(  # noqa: PLR0913 - by keyword
         probes=[probe_message(probe) for probe in probes],
         interventions=intervention_messages(interventions),
     )
-    set_edit_grid(request, learning_rates, etas, layers, matrices)
+    set_edit_grid(request, learning_rates, etas, layers, matrices, gradient_cosine)
     return request
 
 

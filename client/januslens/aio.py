@@ -342,6 +342,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
         etas: Iterable[float] = (),
         layers: Layers | None = None,
         matrices: Iterable[MatrixKind | str] | None = None,
+        gradient_cosine: bool = False,
         probes: Iterable[Probe | str] = (),
         interventions: Iterable[Intervention] = (),
         model: str = "",
@@ -359,6 +360,8 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             etas: Strengths of forward shifts.
             layers: Layers, from 0 or negative from the last; None = all that the edit can change.
             matrices: Kinds of matrices that a descent step changes; None = FF1 and FF2.
+            gradient_cosine: Also compare each forward shift with a descent step, which takes a
+                backward pass.
             probes: Other prompts to report before and after each edit.
             interventions: Changes of every forward pass, as in `preview_edit`.
             model: The model's name; may be empty if only one is loaded.
@@ -377,6 +380,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             etas=etas,
             layers=layers,
             matrices=matrices,
+            gradient_cosine=gradient_cosine,
             probes=probes,
             interventions=interventions,
             model=model,

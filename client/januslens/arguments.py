@@ -451,10 +451,12 @@ class ForwardShift:
     Attributes:
         layer: The layer to change.
         eta: The strength of the edit; the paper uses 0.24 for layer 35 of GPT2-xl.
+        gradient_cosine: Also compare the edit with a descent step, which takes a backward pass.
     """
 
     layer: int
     eta: float
+    gradient_cosine: bool = False
 
 
 Edit = DescentStep | ForwardShift
@@ -564,9 +566,10 @@ def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
             request.descent.learning_rate = step_size(learning_rate, "learning_rate")
             request.descent.matrices.extend(matrix_numbers(matrices))
             request.descent.layers.extend(layer_numbers(layers))
-        case ForwardShift(layer, eta):
+        case ForwardShift(layer, eta, gradient_cosine):
             request.shift.layer = _bounded(layer, "layer", -_INT32, _INT32)
             request.shift.eta = step_size(eta, "eta")
+            request.shift.include_gradient_cosine = gradient_cosine
         case _:
             raise TypeError(
                 f"invalid edit of type {type(edit).__name__}; "
@@ -580,6 +583,7 @@ def set_edit_grid(
     etas: Iterable[float],
     layers: Layers | None,
     matrices: Iterable[MatrixKind | str] | None,
+    gradient_cosine: bool,
 ) -> None:
     """Set the edits of a request, one for each layer and each learning rate or eta.
 
@@ -595,11 +599,17 @@ def set_edit_grid(
         raise ValueError(f"{given} of learning_rates and etas are given; give one of them")
     if strengths and matrices is not None:
         raise ValueError("etas are given with matrices; a forward shift always changes FF2")
+    if rates and gradient_cosine:
+        raise ValueError(
+            "learning_rates are given with gradient_cosine; a descent step follows the gradient, "
+            "so that its cosine is 1; give etas"
+        )
     if rates:
         request.descent.SetInParent()
         request.descent.matrices.extend(matrix_numbers(matrices))
     else:
         request.shift.SetInParent()
+        request.shift.include_gradient_cosine = gradient_cosine
     request.grid.layers.extend(layer_numbers(layers))
     request.grid.strengths.extend(rates or strengths)
 

@@ -433,10 +433,14 @@ class DescentStep:
 
 @dataclass(frozen=True)
 class ForwardShift:
-    """The edit `FF2 += eta x^T e` in one layer (Backward Lens, section 7)."""
+    """The edit `FF2 += eta x^T e` in one layer (Backward Lens, section 7).
+
+    `gradient_cosine` asks for the cosine of the edit and a descent step.
+    """
 
     layer: int
     eta: float
+    gradient_cosine: bool = False
 
 
 @dataclass(frozen=True)
@@ -466,6 +470,11 @@ class PreviewEditSpec:
     probes: tuple[Probe, ...] = ()
     interventions: tuple[InterventionSpec, ...] = ()
     grid: EditGrid | None = None
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the edit, or what is reported of it, takes a backward pass."""
+        return isinstance(self.edit, DescentStep) or self.edit.gradient_cosine
 
 
 @dataclass(frozen=True)

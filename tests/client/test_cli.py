@@ -403,6 +403,18 @@ def test_edits_prints_a_grid_for_each_prompt(server_address: str) -> None:
         for at in (0, 3)
     ]
     assert ranks == expected
+    shown = run(
+        *("edits", PROMPT, "--target", " Paris", "--eta", "0.1", "--layers", "3"),
+        *("--gradient-cosine", "--probe", probe),
+    )
+    with Client(server_address) as client:
+        (cell,) = client.preview_edits(
+            PROMPT, " Paris", etas=[0.1], layers=[3], gradient_cosine=True
+        ).cells
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    edited, probed = [cells for cells in lines if cells[:1] == ["3"]]
+    assert edited[-1] == f"{cell.gradient_cosine:.3g}"
+    assert len(probed) == len(edited) - 1  # the cosine is not that of a probe
     wrong = run("edits", PROMPT, "--target", " Paris", "--lr", "high")
     assert (wrong.exit_code, "is not a list of numbers" in wrong.stderr) == (2, True)
 

@@ -174,7 +174,10 @@ def test_edits() -> None:
     assert (step.learning_rate, list(step.layers)) == (0.5, [0, 1])
     assert list(step.matrices) == [gradient_lens_pb2.MATRIX_KIND_FF2]
     shift = preview("x", " c", ForwardShift(3, eta=0.25)).shift
-    assert (shift.layer, shift.eta) == (3, 0.25)
+    assert (shift.layer, shift.eta, shift.include_gradient_cosine) == (3, 0.25, False)
+    assert preview("x", " c", ForwardShift(3, 1, True)).shift.include_gradient_cosine
+    grid = _requests.preview_edits_request("x", " c", etas=[1], gradient_cosine=True)
+    assert grid.shift.include_gradient_cosine
 
 
 def test_a_probe_that_is_a_prompt_is_its_own_label() -> None:

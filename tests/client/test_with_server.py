@@ -401,8 +401,14 @@ def test_grid_of_edits_has_the_effects_of_single_edits(client: Client) -> None:
     )
     assert edited.to_numpy()[0, 0] == grid.cells[0].edited.probability_after
     assert len(frame) == 2 * len(grid.cells)
-    shifts = client.preview_edits(PROMPT, " Paris", etas=[0.1])
+    assert frame["gradient_cosine"].isna().all()
+    shifts = client.preview_edits(PROMPT, " Paris", etas=[0.1], gradient_cosine=True)
     assert shifts.layers == tuple(range(LAYERS))
+    shift = januslens.ForwardShift(shifts.cells[0].layer, 0.1, gradient_cosine=True)
+    single_shift = client.preview_edit(PROMPT, " Paris", shift)
+    assert single_shift.gradient_cosine == shifts.cells[0].gradient_cosine != 0
+    with pytest.raises(ValueError, match="a descent step follows the gradient"):
+        client.preview_edits(PROMPT, " Paris", learning_rates=[0.1], gradient_cosine=True)
     for strengths in ([], [1.0]):
         with pytest.raises(ValueError, match="of learning_rates and etas are given; give one"):
             client.preview_edits(PROMPT, " Paris", learning_rates=strengths, etas=strengths)

@@ -47,6 +47,7 @@ from januslens_server.specs import (
     BlockSources,
     DescentStep,
     FindNeuronsSpec,
+    ForwardShift,
     GenerateSpec,
     GradientLensSpec,
     InterveneSpec,
@@ -348,7 +349,10 @@ def test_answers_of_one_message_are_estimated_too() -> None:
     vectors = np.ones((200, model.view.facts.d_model), np.float32)
     step = DescentStep((), (), 0.1)
     probes = tuple(Probe("", ids(9), None) for _ in range(5))
-    for spec in (ProjectSpec(vectors), PreviewEditSpec(ids(8), (5,), step, probes)):
+    shift = ForwardShift(0, 0.1, gradient_cosine=True)
+    edits = [PreviewEditSpec(ids(8), (5,), edit, probes) for edit in (step, shift)]
+    specs: list[ProjectSpec | PreviewEditSpec] = [ProjectSpec(vectors), *edits]
+    for spec in specs:
         asked = demand(model, spec)
         done = work(steps(model, spec))
         assert 1 <= asked.memory / done.memory <= LOOSEST["memory"]

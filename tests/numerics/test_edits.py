@@ -174,6 +174,43 @@ def test_every_shift_of_a_grid_equals_a_single_shift(load_example: LoadExample) 
         assert cell.edited == preview(resident, PreviewEditSpec(ids, (321,), shift)).edited
 
 
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_gradient_cosine_is_that_of_dense_gradient_and_update(
+    name: str, load_example: LoadExample
+) -> None:
+    loaded = load_example(name)
+    network, ids, target = loaded.network, prompt(name, 6), 321
+    inputs: dict[int, Tensor] = {}
+    weights = {layer: second_matrix(network, layer).get_parameter("weight") for layer in (0, 2)}
+    handles = [
+        second_matrix(network, layer).register_forward_pre_hook(
+            lambda _m, args, layer=layer: inputs.update({layer: args[0][0, -1].detach()})
+        )
+        for layer in weights
+    ]
+    logits = network(torch.tensor([ids])).logits[0, -1]
+    gradients = torch.autograd.grad(-logits.log_softmax(-1)[target], list(weights.values()))
+    for handle in handles:
+        handle.remove()
+
+    shift = ForwardShift(0, 0.0, gradient_cosine=True)
+    spec = PreviewEditSpec(tuple(ids), (target,), shift, grid=EditGrid((0, 2), (0.3, -2.0)))
+    _, cells = split(preview_edit(resolve_preview_edit(loaded.resident, spec), lambda: None))
+
+    embedding = network.get_input_embeddings().weight[target].detach()
+    expected: list[float] = []
+    for layer, gradient in zip(weights, gradients, strict=True):
+        update = torch.outer(inputs[layer], embedding).double()
+        stored = update.T if isinstance(second_matrix(network, layer), nn.Linear) else update
+        agreed = -(stored * gradient.double()).sum() / (stored.norm() * gradient.double().norm())
+        expected += [float(agreed), -float(agreed)]
+    assert [cell.gradient_cosine for cell in cells] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    plain = PreviewEditSpec(tuple(ids), (target,), ForwardShift(2, 0.3))
+    single = preview(loaded.resident, plain)
+    assert single.gradient_cosine is None
+    assert single.edited == cells[2].edited
+
+
 def test_grid_with_too_many_effects_is_refused(load_example: LoadExample) -> None:
     spec = PreviewEditSpec(
         prompt=(3, 4),

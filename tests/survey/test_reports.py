@@ -51,7 +51,8 @@ def out(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
     edits = [
         {"prompt": p, "target": o, "probes": probes(i)} for i, (p, _, _, o) in enumerate(FACTS)
     ]
-    client.survey(edits, folder / "edits", rpc="preview_edits", etas=ETAS, layers=LAYERS)
+    shifts: dict[str, Any] = {"etas": ETAS, "layers": LAYERS, "gradient_cosine": True}
+    client.survey(edits, folder / "edits", rpc="preview_edits", **shifts)
     return folder
 
 
@@ -215,10 +216,14 @@ def test_gradients_by_segment_and_layer(client: Client, out: Path) -> None:
 def test_edits_by_layer_and_strength(client: Client, out: Path) -> None:
     report = januslens.report("edits", out / "edits")
     figures: dict[Any, list[Any]] = defaultdict(list)
+    cosines: dict[int, list[float]] = defaultdict(list)
     for number, (prompt, _, _, other) in enumerate(FACTS):
         previews = client.preview_edits(
-            prompt, other, probes=probes(number), etas=ETAS, layers=LAYERS
+            prompt, other, probes=probes(number), etas=ETAS, layers=LAYERS, gradient_cosine=True
         )
+        for cell in previews.cells[:: len(ETAS)]:
+            assert cell.gradient_cosine is not None
+            cosines[cell.layer].append(cell.gradient_cosine)
         for cell in previews.cells:
             paraphrase, *neighbours = cell.probes
             unchanged = mean(p.predicted_after == p.predicted_before for p in neighbours)
@@ -233,6 +238,12 @@ def test_edits_by_layer_and_strength(client: Client, out: Path) -> None:
         )
         assert_figures(row, success=success, paraphrases=paraphrases, specificity=specificity)
         assert_figures(row, mean_gain_nats=gain)
+    agreement = found(report, 1, "layer")
+    assert set(agreement) == {(layer,) for layer in LAYERS}
+    for layer, values in cosines.items():
+        row = agreement[layer,]
+        assert_figures(row, mean_cosine=mean(values), lowest=min(values), highest=max(values))
+        assert_figures(row, facts=len(FACTS), positive=mean(value > 0 for value in values))
 
 
 def test_estimated_and_measured_effects(client: Client, out: Path, traces: list[Trace]) -> None:

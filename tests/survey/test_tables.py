@@ -172,7 +172,7 @@ def test_effects_equal_those_of_interventions(client: januslens.Client, tmp_path
 
 
 def test_edits_equal_those_of_previews(client: januslens.Client, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"etas": [0.05, 0.15], "layers": [2, 3]}
+    options: dict[str, Any] = {"etas": [0.05, 0.15], "layers": [2, 3], "gradient_cosine": True}
     neighbour, plain = Probe(PROMPTS[1], label="neighbour"), "The capital city of Japan is called"
     probes = [neighbour, {"prompt": "The currency of Japan is the", "target": " yen"}, plain]
     lines: list[dict[str, Any]] = [
@@ -190,6 +190,7 @@ def test_edits_equal_those_of_previews(client: januslens.Client, tmp_path: Path)
             | {"target": effect.target.text, "predicted_after": effect.predicted_after.text}
             | {n: getattr(effect, n) for n in ("rank_before", "rank_after", "kl_bits")}
             | {"log_probability_after": effect.log_probability_after}
+            | {"gradient_cosine": cell.gradient_cosine}
             for cell in previews.cells
             for probe, effect in [(None, cell.edited), *enumerate(cell.probes)]
         ]

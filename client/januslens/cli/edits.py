@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from januslens import arguments
+from januslens._presentation import measure
 from januslens.arguments import Probe
 from januslens.cli.options import (
     layer_list,
@@ -57,6 +58,11 @@ from januslens.results.gradient import EditPreviews, Effect
     help="Matrices of a descent step, for example ff2; default: ff1,ff2.",
 )
 @click.option(
+    "--gradient-cosine",
+    is_flag=True,
+    help="Also compare each forward shift with a descent step: the cosine of their changes.",
+)
+@click.option(
     "--probe",
     "probes",
     multiple=True,
@@ -97,17 +103,30 @@ def _grid(found: EditPreviews, number: int) -> Group:
         (cell.layer, cell.strength): (cell.edited, *cell.probes)[number] for cell in found.cells
     }
     first = next(iter(effects.values()))
-    grid = table(">layer", *(f">{strength:g}" for strength in found.strengths))
+    cosines = {} if number else _cosines(found)
+    headings = [f">{strength:g}" for strength in found.strengths]
+    grid = table(">layer", *headings, *([">cosine"] if cosines else []))
     for layer in found.layers:
         row = [effects[layer, strength] for strength in found.strengths]
-        grid.add_row(str(layer), *map(_cell, row))
+        grid.add_row(str(layer), *map(_cell, row), *cosines.get(layer, []))
     lines = labelled()
     lines.add_row("prompt", Text(first.label or "the edited prompt"))
     before = probability_cell(first.probability_before, first.log_probability_before)
     reported = Text.assemble(token_cell(first.target), ", probability ", before, ", rank ")
     lines.add_row("before", reported.append_text(rank_cell(first.rank_before)))
     note = "each cell: probability and rank of the target after the edit; columns: strengths"
+    if cosines:
+        note += f"; cosine: that of the shift by {found.strengths[0]:g} and a descent step on FF2"
     return Group(Text(""), lines, section(f"{first.target} after each edit", grid, note))
+
+
+def _cosines(found: EditPreviews) -> dict[int, list[str]]:
+    """Return the cosine of the first shift of each layer as a cell; none unless requested."""
+    return {
+        cell.layer: [measure(cell.gradient_cosine)]
+        for cell in found.cells
+        if cell.gradient_cosine is not None and cell.strength == found.strengths[0]
+    }
 
 
 def _cell(effect: Effect) -> Text:

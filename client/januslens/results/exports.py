@@ -209,6 +209,7 @@ def segment_frame(segments: Iterable[SegmentRow]) -> pd.DataFrame:
     return frame.astype({"mean_vjp_norm": "float64", "mean_target_rank": "float64"})
 
 
+_EDIT_FIELDS = ("layer", "strength", "gradient_cosine")
 _EFFECT_TOKENS = ("target", "predicted_before", "predicted_after")
 _EFFECT_FIELDS = (
     "label",
@@ -235,13 +236,12 @@ def edit_grid_frame(cells: Iterable[EditCell]) -> pd.DataFrame:
     """Return a frame with one row per edit of a grid and prompt; tokens are texts."""
     pandas = require("pandas", "analysis", "a frame of effects")
     rows = [
-        {"layer": cell.layer, "strength": cell.strength} | _effect_row(effect)
+        {name: getattr(cell, name) for name in _EDIT_FIELDS} | _effect_row(effect)
         for cell in cells
         for effect in (cell.edited, *cell.probes)
     ]
-    columns = ["layer", "strength", *_EFFECT_FIELDS]
-    frame: pd.DataFrame = pandas.DataFrame(rows, columns=columns)
-    return frame
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=[*_EDIT_FIELDS, *_EFFECT_FIELDS])
+    return frame.astype({"gradient_cosine": "float64"})
 
 
 def _effect_row(effect: Effect) -> dict[str, Any]:

@@ -81,6 +81,12 @@ class Effect:
         )
 
 
+def _gradient_cosine(
+    message: edits_pb2.PreviewEditResponse | edits_pb2.EditCell,
+) -> float | None:
+    return message.gradient_cosine if message.HasField("gradient_cosine") else None
+
+
 @dataclass(frozen=True)
 class EditPreview:
     """The effects of an edit on its own prompt and on the probes.
@@ -89,12 +95,15 @@ class EditPreview:
         edited: The effect on the edited prompt.
         probes: The effects on the probes, in the order of the request.
         provenance: The model's revision, data type, device and library versions.
+        gradient_cosine: Cosine of a forward shift and of a descent step on the same matrix; None
+            unless requested.
         response: The message that it was read from.
     """
 
     edited: Effect
     probes: tuple[Effect, ...]
     provenance: Provenance
+    gradient_cosine: float | None
     response: edits_pb2.PreviewEditResponse = field(repr=False, compare=False)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -113,6 +122,7 @@ class EditPreview:
             edited=Effect.from_message(message.edited, tokens),
             probes=tuple(Effect.from_message(probe, tokens) for probe in message.probes),
             provenance=Provenance.from_message(message.provenance),
+            gradient_cosine=_gradient_cosine(message),
             response=message,
         )
 
@@ -126,12 +136,15 @@ class EditCell:
         strength: The learning rate of a descent step, or eta of a forward shift.
         edited: The effect on the edited prompt.
         probes: The effects on the probes, in the order of the request.
+        gradient_cosine: Cosine of a forward shift and of a descent step on the same matrix; None
+            unless requested.
     """
 
     layer: int
     strength: float
     edited: Effect
     probes: tuple[Effect, ...]
+    gradient_cosine: float | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -181,6 +194,7 @@ class EditPreviews:
                     strength=cell.strength,
                     edited=Effect.from_message(cell.edited, tokens),
                     probes=tuple(Effect.from_message(probe, tokens) for probe in cell.probes),
+                    gradient_cosine=_gradient_cosine(cell),
                 )
                 for cell in message.cells
             ),

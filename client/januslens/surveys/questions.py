@@ -416,10 +416,32 @@ ORDER BY layer, strength
 """
 
 
+_AGREEMENT = """
+WITH shifts AS (
+    SELECT prompt, layer, any_value(gradient_cosine * sign(strength)) AS cosine
+    FROM edits
+    WHERE gradient_cosine IS NOT NULL
+    GROUP BY prompt, layer
+)
+SELECT layer, count(*) AS facts, avg(cosine) AS mean_cosine, min(cosine) AS lowest,
+       max(cosine) AS highest, avg((cosine > 0)::INTEGER) AS positive
+FROM shifts
+GROUP BY layer
+ORDER BY layer
+"""
+
+
 def _draw_edits(frame: pd.DataFrame) -> Element:
     rows = _long(frame, ("strength", "layer"), ("success", "paraphrases", "specificity"))
     described = "Success, paraphrases and specificity of edits, by strength and layer"
     return _panels(rows, ("strength",), "curve", "value", (0, 1), described)
+
+
+def _draw_agreement(frame: pd.DataFrame) -> Element:
+    rows = frame.assign(figure="cosine of shift and descent step")
+    rows = _long(rows, ("figure", "layer"), ("mean_cosine", "lowest", "highest"))
+    described = "Cosine of forward-pass shifts and descent steps, by layer"
+    return _panels(rows, ("figure",), "curve", "value", (-1, 1), described)
 
 
 _EDITS_REPORT = ReportKind(
@@ -439,6 +461,17 @@ _EDITS_REPORT = ReportKind(
             "divergence of the neighbours' predictions. Each edit is previewed alone.",
             _EDITS,
             _draw_edits,
+        ),
+        Question(
+            "Agreement of shifts with the gradient",
+            "The cosine of a forward-pass shift with a positive eta and of a descent step on the "
+            "same matrix: 1 = the same direction, 0 = orthogonal. `mean_cosine` is the mean over "
+            "the facts, with the lowest and the highest, and `positive` the fraction above 0. The "
+            "size of the shift does not matter. A shift that agrees with the gradient may be too "
+            "small or too large to succeed. Empty unless the survey has forward-pass shifts and "
+            "`gradient_cosine=True`.",
+            _AGREEMENT,
+            _draw_agreement,
         ),
     ),
 )

@@ -168,6 +168,7 @@ COLUMNS: Mapping[str, Mapping[str, pa.DataType]] = {
     "edits": {
         "layer": INTEGER,
         "strength": NUMBER,
+        "gradient_cosine": NUMBER,
         "probe": INTEGER,
         "label": TEXT,
         "target_token_id": INTEGER,

@@ -510,12 +510,13 @@ def edit_rows(prompt: int, found: edits_pb2.PreviewEditResponse) -> Rows:
     edits: Sequence[tuple[int | None, float | None, Any]]
     edits = [(cell.layer, cell.strength, cell) for cell in found.cells]
     listed = [
-        (layer, strength, probe, effect)
+        (layer, strength, cell, probe, effect)
         for layer, strength, cell in edits or [(None, None, found)]
         for probe, effect in [(None, cell.edited), *enumerate(cell.probes)]
     ]
-    layers, strengths, probes, effects = zip(*listed, strict=True)
+    layers, strengths, cells, probes, effects = zip(*listed, strict=True)
     columns: dict[str, Any] = {"layer": layers, "strength": strengths, "probe": probes}
+    columns["gradient_cosine"] = _column(cells, "gradient_cosine")
     names = ("label", "target_token_id", "kl_bits")
     around = (f"{name}_{when}" for name in _MEASURED for when in ("before", "after"))
     columns |= _columns(effects, *names, *around)

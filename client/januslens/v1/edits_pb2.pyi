@@ -179,19 +179,25 @@ class ForwardShift(_message.Message):
 
     LAYER_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
+    INCLUDE_GRADIENT_COSINE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """The layer to change, from 0, or negative from the last."""
     eta: _builtins.float
     """Strength; the paper uses 0.24 for layer 35 of GPT2-xl. INVALID_ARGUMENT for 0."""
+    include_gradient_cosine: _builtins.bool
+    """True: also send the `gradient_cosine` of every edit. This takes a backward pass, which the shift
+    itself does not.
+    """
     def __init__(
         self,
         *,
         layer: _builtins.int = ...,
         eta: _builtins.float = ...,
+        include_gradient_cosine: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "layer", b"layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "include_gradient_cosine", b"include_gradient_cosine", "layer", b"layer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,6 +250,12 @@ class PreviewEditResponse(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     CELLS_FIELD_NUMBER: _builtins.int
+    GRADIENT_COSINE_FIELD_NUMBER: _builtins.int
+    gradient_cosine: _builtins.float
+    """Cosine of the change of the weights by a shift and by a descent step on the same matrix, from -1
+    to 1 (docs/semantics.md). Set with `include_gradient_cosine`, except in a grid, whose cells have
+    their own; unset if the gradient or the shift is zero.
+    """
     @_builtins.property
     def edited(self) -> Global___Effect:
         """Effect on the prompt that the edit is made for."""
@@ -274,12 +286,15 @@ class PreviewEditResponse(_message.Message):
         provenance: _common_pb2.Provenance | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         cells: _abc.Iterable[Global___EditCell] | None = ...,
+        gradient_cosine: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_cosine", b"_gradient_cosine", "edited", b"edited", "gradient_cosine", b"gradient_cosine", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "edited", b"edited", "probes", b"probes", "provenance", b"provenance", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_cosine", b"_gradient_cosine", "cells", b"cells", "edited", b"edited", "gradient_cosine", b"gradient_cosine", "probes", b"probes", "provenance", b"provenance", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__gradient_cosine: _TypeAlias = _typing.Literal["gradient_cosine"]  # noqa: Y015
+    _WhichOneofArgType__gradient_cosine: _TypeAlias = _typing.Literal["_gradient_cosine", b"_gradient_cosine"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_cosine) -> _WhichOneofReturnType__gradient_cosine | None: ...
 
 Global___PreviewEditResponse: _TypeAlias = PreviewEditResponse  # noqa: Y015
 
@@ -293,10 +308,13 @@ class EditCell(_message.Message):
     STRENGTH_FIELD_NUMBER: _builtins.int
     EDITED_FIELD_NUMBER: _builtins.int
     PROBES_FIELD_NUMBER: _builtins.int
+    GRADIENT_COSINE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """The layer that the edit changes."""
     strength: _builtins.float
     """The learning rate, or eta."""
+    gradient_cosine: _builtins.float
+    """As `PreviewEditResponse.gradient_cosine`."""
     @_builtins.property
     def edited(self) -> Global___Effect:
         """Effect on the prompt that the edit is made for."""
@@ -312,12 +330,15 @@ class EditCell(_message.Message):
         strength: _builtins.float = ...,
         edited: Global___Effect | None = ...,
         probes: _abc.Iterable[Global___Effect] | None = ...,
+        gradient_cosine: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_cosine", b"_gradient_cosine", "edited", b"edited", "gradient_cosine", b"gradient_cosine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "layer", b"layer", "probes", b"probes", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_cosine", b"_gradient_cosine", "edited", b"edited", "gradient_cosine", b"gradient_cosine", "layer", b"layer", "probes", b"probes", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__gradient_cosine: _TypeAlias = _typing.Literal["gradient_cosine"]  # noqa: Y015
+    _WhichOneofArgType__gradient_cosine: _TypeAlias = _typing.Literal["_gradient_cosine", b"_gradient_cosine"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_cosine) -> _WhichOneofReturnType__gradient_cosine | None: ...
 
 Global___EditCell: _TypeAlias = EditCell  # noqa: Y015
 

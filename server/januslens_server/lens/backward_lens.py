@@ -104,6 +104,22 @@ def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> torch.Tensor:
     return squared.clamp_min(0).sqrt()
 
 
+def cosine(
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
+) -> float | None:
+    """Return `<A, B>_F / (||A||_F ||B||_F)` of two sums of outer products; None if one is zero.
+
+    `a` has the factors `[n, d_in]` and `[n, d_out]` of A, and `b` those of B, which may have
+    another number of rows. The dot product of two outer products is that of their inputs times that
+    of their outputs. All sums are in float64.
+    """
+    norms = frobenius_norm(*a) * frobenius_norm(*b)
+    if norms == 0:
+        return None
+    inputs = a[0].double() @ b[0].double().T
+    return float((inputs * (a[1].double() @ b[1].double().T)).sum() / norms)
+
+
 def largest_entries(vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return indices and values `[n, count]` of each row's largest entries by absolute value."""
     order = vectors.abs().sort(dim=-1, descending=True, stable=True).indices[:, :count]

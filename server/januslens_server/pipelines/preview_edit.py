@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from januslens_server.capture import LowRank, Overlay, capturing, overlaid
 from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
-from januslens_server.lens.backward_lens import negative_log_likelihood
+from januslens_server.lens.backward_lens import cosine, negative_log_likelihood
 from januslens_server.lens.head import LensHead
 from januslens_server.models.interventions import Interventions
 from januslens_server.models.matrices import MatrixKey, read_parameter
@@ -20,7 +20,7 @@ from januslens_server.models.runner import backward, forward, prepared
 from januslens_server.pipelines.edits import single_ff2
 from januslens_server.pipelines.resolve import ResolvedPreviewEdit, Watched
 from januslens_server.results import EditPreview, Effect, MatrixKind
-from januslens_server.specs import DescentStep, PreviewEditSpec
+from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
 
 
 def preview_edit(
@@ -41,6 +41,7 @@ def preview_edit(
     ]
     before = yield from _read(model, watched, changes, (), check_cancelled)
     directions = _directions(request, check_cancelled)
+    steps = _compared_steps(request, check_cancelled)
     effect = partial(_effect, model.view.lens)
     for edit in request.edits:
         changed = {
@@ -52,7 +53,8 @@ def preview_edit(
         after = yield from _edited(request.spec, reading)
         edited, *probes = map(effect, watched, before, after)
         strength = None if edit.layer is None else edit.strength
-        yield EditPreview(edited, probes, model.provenance, edit.layer, strength)
+        agreed = _gradient_cosine(changed, steps)
+        yield EditPreview(edited, probes, model.provenance, edit.layer, strength, agreed)
 
 
 def _edited(
@@ -109,6 +111,27 @@ def _descent(
     changes = prepared(model, request.interventions, len(forced), check_cancelled)
     passed = backward(model, forced, loss, matrices, check_cancelled, changes)
     return {key: LowRank(found.inputs, -found.vjps) for key, found in passed.factors.items()}
+
+
+def _compared_steps(
+    request: ResolvedPreviewEdit, check_cancelled: CancelCheck
+) -> dict[MatrixKey, LowRank]:
+    """Return the descent steps that shifts are compared with; none unless requested."""
+    edit = request.spec.edit
+    if isinstance(edit, ForwardShift) and edit.gradient_cosine:
+        return _descent(request, check_cancelled)
+    return {}
+
+
+def _gradient_cosine(
+    changed: Mapping[MatrixKey, LowRank], steps: Mapping[MatrixKey, LowRank]
+) -> float | None:
+    """Return the cosine of a shift's change of its only matrix and the descent step on it."""
+    for key, change in changed.items():
+        if key in steps:
+            step = steps[key]
+            return cosine((change.inputs, change.outputs), (step.inputs, step.outputs))
+    return None
 
 
 def _shift(request: ResolvedPreviewEdit, check_cancelled: CancelCheck) -> dict[MatrixKey, LowRank]:

@@ -54,7 +54,8 @@ class Effect:
 class EditPreview:
     """The effects of an edit on its own prompt and on the probes, in their order.
 
-    `layer` and `strength` are those of an edit of a grid.
+    `layer` and `strength` are those of an edit of a grid. `gradient_cosine` is that of a shift and
+    a descent step; None unless requested.
     """
 
     edited: Effect
@@ -62,6 +63,7 @@ class EditPreview:
     provenance: Provenance
     layer: int | None = None
     strength: float | None = None
+    gradient_cosine: float | None = None
 
 
 @dataclass(frozen=True)

@@ -440,8 +440,9 @@ def _edit(request: edits_pb2.PreviewEditRequest) -> DescentStep | ForwardShift:
             learning_rate=rate if in_grid else _strength(rate, "descent.learning_rate"),
         )
     if which == "shift":
-        eta = request.shift.eta
-        return ForwardShift(request.shift.layer, eta if in_grid else _strength(eta, "shift.eta"))
+        shift, eta = request.shift, request.shift.eta
+        eta = eta if in_grid else _strength(eta, "shift.eta")
+        return ForwardShift(shift.layer, eta, shift.include_gradient_cosine)
     raise InvalidRequest("edit", "no edit given; expected descent or shift")
 
 

@@ -190,6 +190,9 @@ def test_edits_by_their_kind() -> None:
     shift = edits_pb2.ForwardShift(layer=3, eta=-0.25)
     spec = preview_edit_spec(edits_pb2.PreviewEditRequest(input=PROMPT, target=PARIS, shift=shift))
     assert spec.edit == specs.ForwardShift(3, -0.25)
+    shift.include_gradient_cosine = True
+    spec = preview_edit_spec(edits_pb2.PreviewEditRequest(input=PROMPT, target=PARIS, shift=shift))
+    assert spec.edit == specs.ForwardShift(3, -0.25, gradient_cosine=True)
 
 
 @pytest.mark.parametrize(

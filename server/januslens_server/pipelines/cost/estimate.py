@@ -31,7 +31,7 @@ from januslens_server.pipelines.resolve import (
     ResolvedProject,
     ResolvedTrace,
 )
-from januslens_server.specs import DescentStep, LensSpec
+from januslens_server.specs import ForwardShift, LensSpec
 
 
 def demand_of(request: Resolved) -> Demand:  # noqa: PLR0911 - one for each RPC
@@ -84,7 +84,8 @@ def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
     first, *probes = (len(prompt.ids) for prompt in request.watched)
     own = first + len(targets) - 1
     watched = [own, *probes]
-    making = FORWARD + BACKWARD if isinstance(request.spec.edit, DescentStep) else FORWARD
+    making = FORWARD if isinstance(request.spec.edit, ForwardShift) else 0
+    making += FORWARD + BACKWARD if request.spec.takes_gradient else 0
     edits = len(request.edits)
     read = (1 + edits) * len(watched)
     flops = making * pass_flops(sizes, own)

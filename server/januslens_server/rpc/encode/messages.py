@@ -449,9 +449,15 @@ def preview_edit_response(
         if preview.layer is None:
             response.edited.CopyFrom(edited)
             response.probes.extend(probes)
+            if preview.gradient_cosine is not None:
+                response.gradient_cosine = preview.gradient_cosine
         else:
             response.cells.add(
-                layer=preview.layer, strength=preview.strength, edited=edited, probes=probes
+                layer=preview.layer,
+                strength=preview.strength,
+                edited=edited,
+                probes=probes,
+                gradient_cosine=preview.gradient_cosine,
             )
     return response
 
