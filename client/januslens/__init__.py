@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from januslens import _figures as _figures  # registers the figures of results
 from januslens import _notebook as _notebook  # registers the HTML of results for notebooks
-from januslens._connection import Metadata, ResponseHook
+from januslens._connection import Metadata, ResponseHook, WaitingHook
 from januslens.aio import AsyncClient, AsyncEventStream, AsyncGeneration
 from januslens.arguments import (
     Chat,
@@ -170,6 +170,7 @@ from januslens.results.models import (
     ServerInfo,
     StageTime,
     Sublayer,
+    Waiting,
 )
 from januslens.results.sweep import Outcome, Sweep
 from januslens.results.tokens import Token, Tokens
@@ -360,6 +361,8 @@ __all__ = [
     "Unimplemented",
     "Units",
     "Verification",
+    "Waiting",
+    "WaitingHook",
     "activation_patching",
     "add",
     "attention_knockouts",

@@ -22,7 +22,8 @@ from grpc_status import rpc_status
 from januslens import errors
 from januslens.arguments import checked_text
 from januslens.errors import JanuslensError, StreamInterrupted
-from januslens.v1 import cost_pb2
+from januslens.results.models import Waiting
+from januslens.v1 import cost_pb2, streams_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -69,6 +70,10 @@ _REQUEST_ID = "x-request-id"
 Metadata = Sequence[tuple[str, str | bytes]]
 
 ResponseHook = Callable[[Message], object]
+WaitingHook = Callable[[Waiting], object]
+
+# Asks for messages while a request waits for the device.
+REPORT_WAITING = ("x-report-waiting", "true")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Connection:
         on_response: Called with every response message on arrival.
         metadata: Sent with every call, besides the request id and the token.
         interceptors: gRPC client interceptors of the channel, the outermost first.
+        on_waiting: Called with the place of a request that waits for the device.
     """
 
     address: str
@@ -94,6 +100,7 @@ class Connection:
     on_response: ResponseHook | None
     metadata: Metadata = field(default=(), repr=False)
     interceptors: Sequence[Any] = ()
+    on_waiting: WaitingHook | None = None
 
     def __post_init__(self) -> None:
         """Check what cannot be sent.
@@ -136,6 +143,11 @@ class Connection:
         if self.on_response is not None:
             self.on_response(response)
 
+    def waits(self, waiting: streams_pb2.Waiting) -> None:
+        """Pass the place of a waiting request to `on_waiting`, if it is set."""
+        if self.on_waiting is not None:
+            self.on_waiting(Waiting.from_message(waiting))
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -147,7 +159,9 @@ class Attempt:
     @property
     def metadata(self) -> Metadata:
         """The metadata of the request: its id, the token if there is one, and the client's own."""
-        entries = ((_REQUEST_ID, self.request_id), *self.connection.metadata)
+        entries: Metadata = ((_REQUEST_ID, self.request_id), *self.connection.metadata)
+        if self.connection.on_waiting is not None:
+            entries = (*entries, REPORT_WAITING)
         if self.connection.token is None:
             return entries
         return (*entries, ("authorization", f"Bearer {self.connection.token}"))

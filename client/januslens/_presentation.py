@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from januslens.results.graph import Node, Part
     from januslens.results.intervene import Prediction
     from januslens.results.matrices import Matrix
-    from januslens.results.models import LayerLevel, Model, Provenance
+    from januslens.results.models import LayerLevel, Model, Provenance, Waiting
     from januslens.results.tokens import Token
     from januslens.results.trace import LayerGraph, PositionTarget, Trace
 
@@ -287,6 +287,14 @@ def loading_step(model: Model) -> str:
     if model.loaded_fraction >= 1:
         return "checking"
     return f"{math.floor(100 * model.loaded_fraction)} %"
+
+
+def waiting_line(waiting: Waiting) -> str:
+    """Describe the place of a request that waits: `waiting: 3 requests ahead, about 12 s`."""
+    number = waiting.requests_ahead
+    requests = f"{number} request{'' if number == 1 else 's'} ahead"
+    seconds = math.ceil(waiting.expected_seconds)
+    return f"waiting: {requests}, about {seconds} s" if seconds > 0 else f"waiting: {requests}"
 
 
 def written_tokens(node: Node) -> tuple[Token, ...]:

@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import Message
 
 from januslens._connection import Attempt, Connection, FailedCall, was_cut
-from januslens.assemblers import Assembler, EventT, ResultT
+from januslens.assemblers import Assembler, EventT, ResultT, is_waiting
 from januslens.errors import JanuslensError, StreamInterrupted, Unavailable
 from januslens.results.activations import tensor_name
 from januslens.v1 import (
@@ -483,6 +483,10 @@ class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
             ProtocolViolation: The message is out of order, or does not continue the one before.
             StreamInterrupted: Another replica gives a different result.
         """
+        if is_waiting(response):
+            self.connection.waits(response.waiting)
+            shown = self._assembler.feed(response)
+            return [] if shown is None else [shown]
         self._assembler.check_sequence(response, self._due)
         self._due += 1
         events = (self._read(message) for message in self._joined(response))

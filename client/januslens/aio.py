@@ -15,6 +15,7 @@ from januslens._connection import (
     Connection,
     Metadata,
     ResponseHook,
+    WaitingHook,
     channel_credentials,
 )
 from januslens._requests import (
@@ -79,6 +80,9 @@ class AsyncClient(AsyncLenses, AsyncPasses):
         credentials: Use these channel credentials, such as those of `grpc.ssl_channel_credentials`.
         resume: Resume interrupted calls on another replica instead of raising an exception.
         on_response: Called with every response message on arrival, for example to record it.
+        on_waiting: Called with the place of a request that waits for the device, first after half a
+            second and then every second until it starts. Only for calls that stream; a client
+            without it is sent nothing while it waits.
         metadata: Pairs of gRPC metadata to send with every call; the values of keys that end with
             `-bin` are bytes.
         interceptors: gRPC client interceptors, such as those of OpenTelemetry, the outermost first:
@@ -103,6 +107,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
         credentials: grpc.ChannelCredentials | None = None,
         resume: bool = False,
         on_response: ResponseHook | None = None,
+        on_waiting: WaitingHook | None = None,
         metadata: Metadata = (),
         interceptors: Sequence[Any] = (),
     ) -> None:
@@ -122,6 +127,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
                 on_response,
                 tuple(metadata),
                 tuple(interceptors),
+                on_waiting,
             )
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from google.protobuf.json_format import Parse
 
@@ -65,6 +65,14 @@ class Sequenced(Protocol):
     def sequence(self) -> int:
         """The number of the message in its stream, from 0."""
 
+    def WhichOneof(self, oneof_group: Literal["event"]) -> str | None:  # noqa: N802 - protobuf's
+        """Return the name of the field of the event that is set."""
+
+
+def is_waiting(response: Sequenced) -> bool:
+    """Whether a message was sent while its request waited for the device."""
+    return response.WhichOneof("event") == "waiting"
+
 
 ResponseT = TypeVar("ResponseT", bound=Sequenced)
 EventT = TypeVar("EventT")
@@ -84,9 +92,13 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
     def feed(self, response: ResponseT) -> EventT | None:
         """Take the next message; return the event that it completes, or None.
 
+        Messages about a request that waits are no part of the result.
+
         Raises:
             ProtocolViolation: The message is out of order, or does not continue the one before.
         """
+        if is_waiting(response):
+            return self._read_waiting(response)
         self.check_sequence(response, self.received)
         self.received += 1
         return self._read(response)
@@ -133,6 +145,10 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
     @abstractmethod
     def complete(self) -> bool:
         """Whether the summary has been received."""
+
+    def _read_waiting(self, _response: ResponseT) -> EventT | None:
+        """Read a message that was sent while the request waited for the device."""
+        return None
 
     @abstractmethod
     def _read(self, response: ResponseT) -> EventT | None:

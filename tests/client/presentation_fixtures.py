@@ -17,6 +17,8 @@ colours.json:
     norms: `[norm, largest norm, [red, green, blue], ink]` on a light background; the ink is
         "black" or "white"
 
+waiting.json: `[requests ahead, expected seconds, text]` of a request that waits for the device
+
 names.json: names by node kind, for example `"HEAD_KEY": "key"`.
 
 traces.json, a list of:
@@ -49,7 +51,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from januslens import Gradient, Trace
+from januslens import Gradient, Trace, Waiting
 from januslens import _presentation as presentation
 from januslens.assemblers import GradientAssembler, TraceAssembler
 from januslens.v1 import common_pb2, trace_pb2
@@ -86,6 +88,10 @@ def files() -> dict[str, Any]:
     return {
         "numbers.json": numbers(),
         "colours.json": colours(),
+        "waiting.json": [
+            [ahead, seconds, presentation.waiting_line(Waiting(ahead, seconds, 1.0))]
+            for ahead, seconds in ((0, 0.0), (1, 0.02), (1, 1.0), (2, 1.01), (64, 600.0))
+        ],
         "names.json": {str(kind): name for kind, name in presentation.NODE_NAMES.items()},
         "traces.json": [trace_case(case, stream) for case, stream in traces()],
         "gradients.json": [gradient_case(case, stream) for case, stream in gradients()],

@@ -53,6 +53,7 @@ function call(check, saved) {
       const stream = client[rpc](request, sent, options)
       stream.on('metadata', (headers) => Object.assign(seen.headers, headers.getMap()))
       stream.on('data', (message) => {
+        if ('waiting' in message) return // no part of the result
         seen.messages.push(message)
         if (seen.messages.length === check.cancel_after) stream.cancel()
       })

@@ -64,6 +64,8 @@ def call(stub: Any, check: dict[str, Any], saved: dict[str, Any]) -> dict[str, A
         if method.server_streaming:
             stream = getattr(stub, method.name)(request, **options)
             for message in stream:
+                if message.WhichOneof("event") == "waiting":  # no part of the result
+                    continue
                 seen["messages"].append(as_json(message))
                 if len(seen["messages"]) == check.get("cancel_after"):
                     stream.cancel()

@@ -9,7 +9,15 @@ import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from januslens.v1 import common_pb2, service_pb2, service_pb2_grpc, trace_pb2
+from januslens.v1 import (
+    common_pb2,
+    intervene_pb2,
+    interventions_pb2,
+    service_pb2,
+    service_pb2_grpc,
+    sites_pb2,
+    trace_pb2,
+)
 
 SERVICE = "/januslens.v1.IntrospectionService/"
 REQUEST_ID = "x-request-id"
@@ -137,4 +145,21 @@ def long_trace(n_positions: int) -> trace_pb2.TraceRequest:
         all_positions=True,
         include_vectors=True,
         selection=trace_pb2.Selection(heads=0, memory_values_per_head=0, top_neurons=0),
+    )
+
+
+def long_sweep() -> intervene_pb2.InterveneRequest:
+    """Return an Intervene that keeps the device busy for many seconds, with small effects.
+
+    Its buffer is never full, so no other request of the same caller runs in between.
+    """
+    neurons = interventions_pb2.Intervention(
+        site=sites_pb2.SITE_NEURONS, zero=True, positions=range(8)
+    )
+    return intervene_pb2.InterveneRequest(
+        input=token_ids(*range(300, 380)),
+        sweep=intervene_pb2.Sweep(
+            template=neurons, by_layer=True, by_position=True, by_neuron=True
+        ),
+        top_k=0,
     )

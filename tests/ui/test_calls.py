@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from januslens import Client, read_gradient, read_trace
 from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, models_pb2, trace_pb2
-from tests.support.calls import long_trace, prompt
+from tests.support.calls import long_sweep, long_trace, prompt
 from tests.support.metrics import rpc_labels, sample, unfinished, wait_until_idle
 from tests.support.server import ServerProcess
 from tests.support.ui import TOKEN, LivePage, live_page
@@ -100,6 +100,17 @@ def test_lines_arrive_while_the_server_computes(page: LivePage, server: ServerPr
         assert "header" in json.loads(response.readline())
         assert unfinished(server) == 1
     wait_until_idle(server)
+
+
+def test_waiting_requests_have_lines_with_their_place(
+    page: LivePage, server: ServerProcess
+) -> None:
+    with page.call("Intervene", long_sweep()) as running:
+        running.readline()
+        with page.call("Trace", TRACE) as response:
+            place = json.loads(response.readline())["waiting"]
+    wait_until_idle(server)
+    assert place["requestsAhead"] == 1
 
 
 def test_closing_the_connection_cancels_the_call(page: LivePage, server: ServerProcess) -> None:

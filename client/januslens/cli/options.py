@@ -7,9 +7,10 @@ import json
 import math
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
@@ -19,13 +20,14 @@ import click
 from google.protobuf.message import Message
 
 from januslens._connection import DEFAULT_ADDRESS
+from januslens._presentation import waiting_line
 from januslens.arguments import Chat, Prompt, Text
 from januslens.cli.tables import console, cost_table, file_size
 from januslens.client import Client
 from januslens.errors import JanuslensError
 from januslens.results.exports import json_line
 from januslens.results.kinds import Lens, MatrixKind
-from januslens.results.models import CostEstimate
+from januslens.results.models import CostEstimate, Waiting
 
 
 @contextmanager
@@ -386,6 +388,31 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     return decorated
 
 
+class WaitingLine:
+    """The place of a waiting request, on standard error.
+
+    A terminal has one line that changes and disappears; elsewhere a request has one line.
+    """
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def show(self, waiting: Waiting) -> None:
+        """Show the place."""
+        text = waiting_line(waiting)
+        if sys.stderr.isatty():
+            click.echo("\r" + text.ljust(len(self._shown)), nl=False, err=True)
+        elif not self._shown:
+            click.echo(text, err=True)
+        self._shown = text
+
+    def close(self) -> None:
+        """Clear the line of a terminal, because the request has started or ended."""
+        if self._shown and sys.stderr.isatty():
+            click.echo("\r" + " " * len(self._shown) + "\r", nl=False, err=True)
+        self._shown = ""
+
+
 def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callable[..., None]:
     """Add the connection options and --json to a command, which receives a connected client.
 
@@ -395,10 +422,16 @@ def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callab
 
     @functools.wraps(command)
     def run(connection: Connection, as_json: bool, *args: P.args, **kwargs: P.kwargs) -> None:
-        hook = _print_json if as_json else None
+        line = WaitingLine()
+
+        def received(message: Message) -> None:
+            line.close()
+            if as_json:
+                click.echo(json_line(message))
+
         with usage_errors():
-            opened = Client(**connection, on_response=hook)
-        with opened as client, interruptible(client.close):
+            opened = Client(**connection, on_response=received, on_waiting=line.show)
+        with opened as client, interruptible(client.close), closing(line):
             command(client, as_json, *args, **kwargs)
 
     return with_connection(_json_option(run))
@@ -412,10 +445,6 @@ def _pair(certificate: str | None, key: str | None) -> tuple[str, str] | None:
         message = f"{missing} is missing; --client-certificate and --client-key belong together"
         raise click.UsageError(message, click.get_current_context())
     return certificate, key
-
-
-def _print_json(message: Message) -> None:
-    click.echo(json_line(message))
 
 
 @contextmanager

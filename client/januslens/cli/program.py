@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
+from januslens._connection import REPORT_WAITING
 from januslens.cli.admin import admin
 from januslens.cli.doctor import doctor
 from januslens.cli.edits import edits
@@ -51,7 +52,9 @@ def ui(connection: Connection, /, *, host: str, port: int, expose: bool, opened:
             click.launch(address)
 
     with usage_errors():
-        gateway = Gateway(**connection)  # here, where invalid options end the command
+        gateway = Gateway(
+            **connection, metadata=[REPORT_WAITING]
+        )  # here, where invalid options end the command
         try:
             serve(lambda: gateway, host, port, exposed=expose, announce=announce)
         except OSError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from januslens.errors import LimitViolation, limit_name
 from januslens.results.exports import notebook_html
-from januslens.v1 import common_pb2, cost_pb2, models_pb2, server_pb2
+from januslens.v1 import common_pb2, cost_pb2, models_pb2, server_pb2, streams_pb2
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,27 @@ class Provenance:
             lora=message.lora,
             versions=dict(message.versions),
         )
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The place of a request that waits for the server's device.
+
+    Attributes:
+        requests_ahead: Number of requests that are expected to use the device before it, including
+            the running one.
+        expected_seconds: Expected seconds until it starts, from the estimates of these requests.
+        waited_seconds: Seconds since the server admitted it.
+    """
+
+    requests_ahead: int
+    expected_seconds: float
+    waited_seconds: float
+
+    @classmethod
+    def from_message(cls, message: streams_pb2.Waiting) -> Waiting:
+        """Read one place."""
+        return cls(message.requests_ahead, message.expected_seconds, message.waited_seconds)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,10 @@ class ForwardingAssembler(Assembler[Any, Message, list[Any]]):
         """Whether the summary has arrived."""
         return bool(self.responses) and self.responses[-1].WhichOneof("event") == "summary"
 
+    def _read_waiting(self, response: Any) -> Message:
+        message: Message = response
+        return message
+
     def _read(self, response: Any) -> Message:
         self.responses.append(response)
         message: Message = response

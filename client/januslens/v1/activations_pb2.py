@@ -28,7 +28,7 @@ from januslens.v1 import sites_pb2 as januslens_dot_v1_dot_sites__pb2
 from januslens.v1 import streams_pb2 as januslens_dot_v1_dot_streams__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejanuslens/v1/activations.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a januslens/v1/interventions.proto\x1a\x18januslens/v1/sites.proto\x1a\x1ajanuslens/v1/streams.proto\"\x9d\x02\n\x12\x41\x63tivationsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12!\n\x05sites\x18\x04 \x03(\x0e\x32\x12.januslens.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\x05\x12\x11\n\tpositions\x18\x06 \x03(\x05\x12)\n\tdata_type\x18\x07 \x01(\x0e\x32\x16.januslens.v1.DataType\x12\x31\n\rinterventions\x18\x08 \x03(\x0b\x32\x1a.januslens.v1.Intervention\x12\r\n\x05heads\x18\t \x03(\r\x12\x0f\n\x07\x65xperts\x18\n \x03(\r\"\xba\x01\n\x13\x41\x63tivationsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12,\n\x06header\x18\x02 \x01(\x0b\x32\x1a.januslens.v1.StreamHeaderH\x00\x12*\n\x06tensor\x18\x03 \x01(\x0b\x32\x18.januslens.v1.SiteTensorH\x00\x12.\n\x07summary\x18\x04 \x01(\x0b\x32\x1b.januslens.v1.StreamSummaryH\x00\x42\x07\n\x05\x65vent\"\x90\x01\n\nSiteTensor\x12 \n\x04site\x18\x01 \x01(\x0e\x32\x12.januslens.v1.Site\x12\x12\n\x05layer\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\r\n\x05shape\x18\x04 \x03(\x03\x12#\n\x05piece\x18\x05 \x01(\x0b\x32\x14.januslens.v1.TensorB\x08\n\x06_layerB+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejanuslens/v1/activations.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a januslens/v1/interventions.proto\x1a\x18januslens/v1/sites.proto\x1a\x1ajanuslens/v1/streams.proto\"\x9d\x02\n\x12\x41\x63tivationsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12!\n\x05sites\x18\x04 \x03(\x0e\x32\x12.januslens.v1.Site\x12\x0e\n\x06layers\x18\x05 \x03(\x05\x12\x11\n\tpositions\x18\x06 \x03(\x05\x12)\n\tdata_type\x18\x07 \x01(\x0e\x32\x16.januslens.v1.DataType\x12\x31\n\rinterventions\x18\x08 \x03(\x0b\x32\x1a.januslens.v1.Intervention\x12\r\n\x05heads\x18\t \x03(\r\x12\x0f\n\x07\x65xperts\x18\n \x03(\r\"\xe4\x01\n\x13\x41\x63tivationsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12,\n\x06header\x18\x02 \x01(\x0b\x32\x1a.januslens.v1.StreamHeaderH\x00\x12*\n\x06tensor\x18\x03 \x01(\x0b\x32\x18.januslens.v1.SiteTensorH\x00\x12.\n\x07summary\x18\x04 \x01(\x0b\x32\x1b.januslens.v1.StreamSummaryH\x00\x12(\n\x07waiting\x18\x06 \x01(\x0b\x32\x15.januslens.v1.WaitingH\x00\x42\x07\n\x05\x65vent\"\x90\x01\n\nSiteTensor\x12 \n\x04site\x18\x01 \x01(\x0e\x32\x12.januslens.v1.Site\x12\x12\n\x05layer\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\r\n\x05shape\x18\x04 \x03(\x03\x12#\n\x05piece\x18\x05 \x01(\x0b\x32\x14.januslens.v1.TensorB\x08\n\x06_layerB+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,7 +39,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACTIVATIONSREQUEST']._serialized_start=164
   _globals['_ACTIVATIONSREQUEST']._serialized_end=449
   _globals['_ACTIVATIONSRESPONSE']._serialized_start=452
-  _globals['_ACTIVATIONSRESPONSE']._serialized_end=638
-  _globals['_SITETENSOR']._serialized_start=641
-  _globals['_SITETENSOR']._serialized_end=785
+  _globals['_ACTIVATIONSRESPONSE']._serialized_end=680
+  _globals['_SITETENSOR']._serialized_start=683
+  _globals['_SITETENSOR']._serialized_end=827
 # @@protoc_insertion_point(module_scope)

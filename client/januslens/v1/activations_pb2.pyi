@@ -110,6 +110,7 @@ class ActivationsResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the message in the stream, from 0."""
     @_builtins.property
@@ -124,6 +125,10 @@ class ActivationsResponse(_message.Message):
     def summary(self) -> _streams_pb2.StreamSummary:
         """The last message. A stream without it is incomplete."""
 
+    @_builtins.property
+    def waiting(self) -> _streams_pb2.Waiting:
+        """The request waits for the device. Sent only before the header, and only on demand."""
+
     def __init__(
         self,
         *,
@@ -131,12 +136,13 @@ class ActivationsResponse(_message.Message):
         header: _streams_pb2.StreamHeader | None = ...,
         tensor: Global___SiteTensor | None = ...,
         summary: _streams_pb2.StreamSummary | None = ...,
+        waiting: _streams_pb2.Waiting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "summary", b"summary", "tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "summary", b"summary", "tensor", b"tensor", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "sequence", b"sequence", "summary", b"summary", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "sequence", b"sequence", "summary", b"summary", "tensor", b"tensor", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "tensor", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "tensor", "summary", "waiting"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

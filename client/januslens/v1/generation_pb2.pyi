@@ -185,6 +185,7 @@ class GenerateResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the message in its stream: 0, 1, 2, ..."""
@@ -201,6 +202,10 @@ class GenerateResponse(_message.Message):
         """Last message. A stream without it is incomplete."""
 
     @_builtins.property
+    def waiting(self) -> _streams_pb2.Waiting:
+        """The request waits for the device. Sent only before the header, and only on demand."""
+
+    @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
         """The tokens that this message names and no earlier message of the stream has named."""
 
@@ -211,13 +216,14 @@ class GenerateResponse(_message.Message):
         header: _streams_pb2.StreamHeader | None = ...,
         generated: Global___GeneratedToken | None = ...,
         summary: _streams_pb2.StreamSummary | None = ...,
+        waiting: _streams_pb2.Waiting | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "generated", b"generated", "header", b"header", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "generated", b"generated", "header", b"header", "summary", b"summary", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "generated", b"generated", "header", b"header", "sequence", b"sequence", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "generated", b"generated", "header", b"header", "sequence", b"sequence", "summary", b"summary", "tokens", b"tokens", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "generated", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "generated", "summary", "waiting"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

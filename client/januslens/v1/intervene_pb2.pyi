@@ -271,6 +271,7 @@ class InterveneResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     EFFECT_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the message in the stream, from 0."""
@@ -287,6 +288,10 @@ class InterveneResponse(_message.Message):
         """The last message. A stream without it is incomplete."""
 
     @_builtins.property
+    def waiting(self) -> _streams_pb2.Waiting:
+        """The request waits for the device. Sent only before the header, and only on demand."""
+
+    @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
         """Texts of the tokens that no earlier message has."""
 
@@ -297,13 +302,14 @@ class InterveneResponse(_message.Message):
         header: _streams_pb2.StreamHeader | None = ...,
         effect: Global___InterventionEffect | None = ...,
         summary: _streams_pb2.StreamSummary | None = ...,
+        waiting: _streams_pb2.Waiting | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "event", b"event", "header", b"header", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "event", b"event", "header", b"header", "summary", b"summary", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "event", b"event", "header", b"header", "sequence", b"sequence", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "event", b"event", "header", b"header", "sequence", b"sequence", "summary", b"summary", "tokens", b"tokens", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "effect", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "effect", "summary", "waiting"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -48,7 +48,7 @@ class IntrospectionServiceStub(object):
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
-    for times and ids.
+    for times and ids, and for Waiting messages, which are sent only on demand.
     """
 
     def __init__(self, channel):
@@ -137,7 +137,7 @@ class IntrospectionServiceServicer(object):
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
-    for times and ids.
+    for times and ids, and for Waiting messages, which are sent only on demand.
     """
 
     def ListModels(self, request, context):
@@ -341,7 +341,7 @@ class IntrospectionService(object):
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
-    for times and ids.
+    for times and ids, and for Waiting messages, which are sent only on demand.
     """
 
     @staticmethod

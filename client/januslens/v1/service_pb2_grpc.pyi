@@ -49,7 +49,7 @@ class IntrospectionServiceStub:
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
-    for times and ids.
+    for times and ids, and for Waiting messages, which are sent only on demand.
     """
 
     @_typing.overload
@@ -131,7 +131,7 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
-    for times and ids.
+    for times and ids, and for Waiting messages, which are sent only on demand.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -209,7 +209,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
-    for times and ids.
+    for times and ids, and for Waiting messages, which are sent only on demand.
     """
 
     @_abc_1.abstractmethod

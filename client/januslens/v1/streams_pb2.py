@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from januslens.v1 import common_pb2 as januslens_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/streams.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\"\x9a\x02\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12*\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x11\n\tpositions\x18\x04 \x03(\r\x12%\n\x06\x62\x65\x66ore\x18\x05 \x03(\x0b\x32\x15.januslens.v1.Outcome\x12\x13\n\x0b\x65xperiments\x18\x06 \x01(\r\x12\x1b\n\x13\x65xperiments_at_once\x18\x07 \x01(\r\x12\x30\n\x0elimited_layers\x18\x08 \x03(\x0b\x32\x18.januslens.v1.LayerLevel\"\x92\x02\n\x07Outcome\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x17\n\x0ftarget_token_id\x18\x02 \x01(\r\x12\x1a\n\x12target_probability\x18\x03 \x01(\x02\x12\x14\n\x0ctarget_logit\x18\x04 \x01(\x02\x12\x13\n\x0btarget_rank\x18\x05 \x01(\r\x12\x1d\n\x10logit_difference\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x0f\n\x07kl_nats\x18\x07 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x08 \x03(\r\x12\x19\n\x11top_probabilities\x18\t \x03(\x02\x12\x1e\n\x16target_log_probability\x18\n \x01(\x02\x42\x13\n\x11_logit_difference\"`\n\rStreamSummary\x12\x10\n\x08messages\x18\x01 \x01(\x04\x12&\n\x05times\x18\x02 \x03(\x0b\x32\x17.januslens.v1.StageTime\x12\x15\n\rfinish_reason\x18\x03 \x01(\tB+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/streams.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\"S\n\x07Waiting\x12\x16\n\x0erequests_ahead\x18\x01 \x01(\r\x12\x18\n\x10\x65xpected_seconds\x18\x02 \x01(\x01\x12\x16\n\x0ewaited_seconds\x18\x03 \x01(\x01\"\x9a\x02\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12*\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x11\n\tpositions\x18\x04 \x03(\r\x12%\n\x06\x62\x65\x66ore\x18\x05 \x03(\x0b\x32\x15.januslens.v1.Outcome\x12\x13\n\x0b\x65xperiments\x18\x06 \x01(\r\x12\x1b\n\x13\x65xperiments_at_once\x18\x07 \x01(\r\x12\x30\n\x0elimited_layers\x18\x08 \x03(\x0b\x32\x18.januslens.v1.LayerLevel\"\x92\x02\n\x07Outcome\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x17\n\x0ftarget_token_id\x18\x02 \x01(\r\x12\x1a\n\x12target_probability\x18\x03 \x01(\x02\x12\x14\n\x0ctarget_logit\x18\x04 \x01(\x02\x12\x13\n\x0btarget_rank\x18\x05 \x01(\r\x12\x1d\n\x10logit_difference\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x0f\n\x07kl_nats\x18\x07 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x08 \x03(\r\x12\x19\n\x11top_probabilities\x18\t \x03(\x02\x12\x1e\n\x16target_log_probability\x18\n \x01(\x02\x42\x13\n\x11_logit_difference\"`\n\rStreamSummary\x12\x10\n\x08messages\x18\x01 \x01(\x04\x12&\n\x05times\x18\x02 \x03(\x0b\x32\x17.januslens.v1.StageTime\x12\x15\n\rfinish_reason\x18\x03 \x01(\tB+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,12 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'januslens.v1.streams_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
-  _globals['_STREAMHEADER']._serialized_start=72
-  _globals['_STREAMHEADER']._serialized_end=354
-  _globals['_OUTCOME']._serialized_start=357
-  _globals['_OUTCOME']._serialized_end=631
-  _globals['_STREAMSUMMARY']._serialized_start=633
-  _globals['_STREAMSUMMARY']._serialized_end=729
+  _globals['_WAITING']._serialized_start=71
+  _globals['_WAITING']._serialized_end=154
+  _globals['_STREAMHEADER']._serialized_start=157
+  _globals['_STREAMHEADER']._serialized_end=439
+  _globals['_OUTCOME']._serialized_start=442
+  _globals['_OUTCOME']._serialized_end=716
+  _globals['_STREAMSUMMARY']._serialized_start=718
+  _globals['_STREAMSUMMARY']._serialized_end=814
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,44 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class Waiting(_message.Message):
+    """The place of a request in the queue. Sent only if the metadata of the call has
+    `x-report-waiting: true` and the request has waited for half a second, then every second until it
+    starts. It comes before the header and is not a part of the result: it has no `sequence`, and the
+    other messages are the same with and without it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_AHEAD_FIELD_NUMBER: _builtins.int
+    EXPECTED_SECONDS_FIELD_NUMBER: _builtins.int
+    WAITED_SECONDS_FIELD_NUMBER: _builtins.int
+    requests_ahead: _builtins.int
+    """Number of requests that are expected to use the device before this one, including the running
+    one. It may grow, because callers take turns.
+    """
+    expected_seconds: _builtins.float
+    """Expected seconds until the request starts, from the estimates of the requests ahead. Waits for
+    free memory are not included.
+    """
+    waited_seconds: _builtins.float
+    """Seconds since the request was admitted."""
+    def __init__(
+        self,
+        *,
+        requests_ahead: _builtins.int = ...,
+        expected_seconds: _builtins.float = ...,
+        waited_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_seconds", b"expected_seconds", "requests_ahead", b"requests_ahead", "waited_seconds", b"waited_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Waiting: _TypeAlias = Waiting  # noqa: Y015
+
+@_typing.final
 class StreamHeader(_message.Message):
     """First message of a stream."""
 

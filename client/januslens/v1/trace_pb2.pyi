@@ -11,6 +11,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from januslens.v1 import common_pb2 as _common_pb2
 from januslens.v1 import interventions_pb2 as _interventions_pb2
 from januslens.v1 import lens_pb2 as _lens_pb2
+from januslens.v1 import streams_pb2 as _streams_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -636,6 +637,7 @@ class TraceResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     LAYER_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the message in its stream: 0, 1, 2, ..."""
     @_builtins.property
@@ -650,6 +652,10 @@ class TraceResponse(_message.Message):
     def summary(self) -> Global___TraceSummary:
         """Last message. A stream without it is incomplete."""
 
+    @_builtins.property
+    def waiting(self) -> _streams_pb2.Waiting:
+        """The request waits for the device. Sent only before the header, and only on demand."""
+
     def __init__(
         self,
         *,
@@ -657,12 +663,13 @@ class TraceResponse(_message.Message):
         header: Global___TraceHeader | None = ...,
         layer: Global___LayerGraph | None = ...,
         summary: Global___TraceSummary | None = ...,
+        waiting: _streams_pb2.Waiting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "layer", b"layer", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "layer", b"layer", "summary", b"summary", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "layer", b"layer", "sequence", b"sequence", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "layer", b"layer", "sequence", b"sequence", "summary", b"summary", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "layer", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "layer", "summary", "waiting"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

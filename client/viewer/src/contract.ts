@@ -45,6 +45,12 @@ export interface ModelSizesMessage {
   dHead?: number
 }
 
+export interface WaitingMessage {
+  requestsAhead?: number
+  expectedSeconds?: Float
+  waitedSeconds?: Float
+}
+
 export interface StageTimeMessage {
   stage?: string
   seconds?: Float

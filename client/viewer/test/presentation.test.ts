@@ -22,6 +22,7 @@ import {
   percent,
   probability,
   signed,
+  waitingLine,
 } from '../src/presentation/wording'
 
 // The fixtures are written by the Python client (tests/client/presentation_fixtures.py describes
@@ -56,6 +57,13 @@ for (const [format, pairs] of Object.entries(
     assert.ok(pairs.length > 4)
   })
 }
+
+test('the place of a waiting request has the words of the command', () => {
+  for (const [requestsAhead, expectedSeconds, text] of fixture<[number, number, string][]>(
+    'waiting',
+  ))
+    assert.equal(waitingLine({ requestsAhead, expectedSeconds }), text)
+})
 
 interface Colours {
   rank_bins: [number | null, number | null, string][]

@@ -62,6 +62,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 REQUEST_ID_KEY = "x-request-id"
 # Metadata key: milliseconds after which a client's gRPC may repeat the call.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# Metadata key: with the value `true`, a stream reports the request's place while it waits.
+REPORT_WAITING_KEY = "x-report-waiting"
 # The name of a caller without token, certificate and address.
 UNKNOWN = "unknown"
 # A client's timer runs out before the server's by the time that the request took to arrive.
@@ -113,6 +115,12 @@ class Call:
         if self._queued is None:
             raise LookupError("the request is not in the queue; call queued_request first")
         return self._queued
+
+    @property
+    def reports_waiting(self) -> bool:
+        """Whether the caller asked for messages while the request waits for the device."""
+        wanted = (REPORT_WAITING_KEY, "true")
+        return self.method in _STREAMS and wanted in (self.context.invocation_metadata() or ())
 
     def hold(self, resource: AbstractContextManager[HeldT]) -> HeldT:
         """Enter a context that is left when the call ends."""

@@ -353,7 +353,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         generated = 0
         run = partial(pipeline, request)
         try:
-            async with aclosing(self._device.results(run, queued, call.send_headers)) as results:
+            async with aclosing(self._device.results(run, queued, call)) as results:
                 async for result in results:
                     call.note(**result_sizes(result))
                     generated += isinstance(result, GeneratedToken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TypeVar
@@ -15,11 +15,15 @@ from google.protobuf.message import Message
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
 from januslens_server.rpc.call import Call, Context
+from januslens_server.rpc.encode import waiting_response
 from januslens_server.rpc.places import ENCODING
 from januslens_server.rpc.unread import Unread, UnreadStream
 from januslens_server.rpc.wire import serialized
 from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
+
+# Seconds until a request reports that it waits, and between two reports.
+FIRST_REPORT_SECONDS, REPORT_SECONDS = 0.5, 1.0
 
 # Bytes of results in the buffer of a stream, above which its pipeline pauses.
 BUFFER_BYTES = 4 * 2**20
@@ -59,11 +63,12 @@ class DeviceStreams:
         return True
 
     async def results(
-        self, run: Run[Result], request: QueuedRequest, admitted: Callable[[], Awaitable[None]]
+        self, run: Run[Result], request: QueuedRequest, call: Call
     ) -> AsyncGenerator[Result]:
         """Run a pipeline and yield its results; closing the iterator cancels the pipeline.
 
-        `admitted` is awaited when the request is in the queue.
+        When the request is in the queue, the call's headers are sent, and then its place in the
+        queue if the caller asked for that.
         """
         with self._unread.stream(request.caller) as stream:
             buffer: ResultBuffer[Result] = ResultBuffer(BUFFER_BYTES, _bytes, stream.count)
@@ -71,7 +76,9 @@ class DeviceStreams:
             self._open[request] = stream
             self._count(1)
             try:
-                await admitted()
+                await call.send_headers()
+                if call.reports_waiting:
+                    await self._report_waiting(request, buffer, call)
                 async for result in buffer.items():
                     yield result
             finally:
@@ -79,6 +86,20 @@ class DeviceStreams:
                 del self._open[request]
                 self._worker.withdraw(request)
                 buffer.abandon()
+
+    async def _report_waiting(
+        self, request: QueuedRequest, buffer: ResultBuffer[Result], call: Call
+    ) -> None:
+        """Write the request's place in the queue from time to time, until it starts."""
+        seconds = FIRST_REPORT_SECONDS
+        while not await buffer.begins(seconds):
+            place = self._worker.waiting_place(request)
+            if place is None:
+                return
+            message = serialized(waiting_response(call.method, place))
+            await write_within(call.context, message, self._stall_seconds)
+            call.sent(len(message))
+            seconds = REPORT_SECONDS
 
     def _count(self, change: int) -> None:
         self._unfinished += change

@@ -53,6 +53,21 @@ class Cancellation:
             del failure  # breaks the reference cycle of error, traceback and frame
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """The place of a request that has not started.
+
+    Attributes:
+        requests_ahead: Number of requests that are expected to run before it, with the running one.
+        expected_seconds: Expected seconds until it starts, without waits for memory.
+        waited_seconds: Seconds since it was admitted.
+    """
+
+    requests_ahead: int
+    expected_seconds: float
+    waited_seconds: float
+
+
 class QueuedRequest(Cancellation):
     """The caller, cost, deadline and cancellation of one request, from admission to its end.
 
@@ -94,6 +109,7 @@ class ResultBuffer(Generic[T]):
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._drained: Callable[[], None] | None = None
+        self._any = asyncio.Event()
         self._abandoned = False
 
     def put(self, item: T) -> None:
@@ -123,6 +139,7 @@ class ResultBuffer(Generic[T]):
         if entry is not None and not self._abandoned:
             self._count(entry[1])
         self._items.put_nowait(entry)
+        self._any.set()
 
     def when_drained(self, resume: Callable[[], None]) -> bool:
         """If full, return True and call `resume` when there is room. For the producer."""
@@ -131,6 +148,15 @@ class ResultBuffer(Generic[T]):
                 return False
             self._drained = resume
             return True
+
+    async def begins(self, seconds: float) -> bool:
+        """Wait for the first item or the end; returns False after `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._any.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def items(self) -> AsyncIterator[T]:
         """Yield all items in order; raise the error that the producer closed with."""

@@ -10,6 +10,9 @@ from januslens_server.scheduling.job import Job
 
 T = TypeVar("T")
 
+# Seconds of device time after which a request may be interrupted for another caller.
+QUANTUM = 0.1
+
 
 class FairQueue(Generic[T]):
     """Waiting items by caller; the caller with the least device time is next.
@@ -75,6 +78,38 @@ class FairQueue(Generic[T]):
         account = self._accounts.get(caller, self._level)
         return account < self._accounts.get(than, self._level)
 
+    def ahead_of(
+        self, caller: str, item: T, seconds: Callable[[T], float], running: tuple[str, T] | None
+    ) -> list[tuple[T, float]]:
+        """Return the items that are expected to run before a waiting one, and how long until then.
+
+        `seconds` returns what an item still needs; `running` is the item that runs now. The
+        waiting item is next when its caller's account, charged for the caller's earlier items, is
+        the smallest. Each other item runs until its caller's account exceeds that, but at least for
+        a turn.
+        """
+        waiting = {name: list(items) for name, items in self._waiting.items()}
+        if running is not None:
+            waiting = {running[0]: [], **waiting}
+            waiting[running[0]].insert(0, running[1])
+        own = waiting[caller]
+        ahead = [(one, seconds(one)) for one in own[: own.index(item)]]
+        start = self._accounts.get(caller, self._level) + sum(needed for _, needed in ahead)
+        earlier = True  # of equal accounts, the one waiting longest is next
+        for name, items in waiting.items():
+            if name == caller:
+                earlier = False
+                continue
+            account = self._accounts.get(name, self._level)
+            for one in items:
+                now = running is not None and one is running[1]
+                if not now and (account > start or (account == start and not earlier)):
+                    break
+                needed = seconds(one)
+                ahead.append((one, min(needed, max(start - account, QUANTUM))))
+                account += needed
+        return ahead
+
     def _tidy(self, caller: str) -> None:
         """Drop callers without waiting items whose accounts would restart anyway."""
         if not self._waiting.get(caller):
@@ -83,10 +118,6 @@ class FairQueue(Generic[T]):
         for name in idle:
             if self._accounts[name] <= self._level:
                 del self._accounts[name]
-
-
-# Seconds of device time after which a request may be interrupted for another caller.
-QUANTUM = 0.1
 
 
 class Turns:
@@ -150,6 +181,12 @@ class Turns:
     def fits_alone(self, needed: float) -> float:
         """Return the bytes that a request may need if it runs alone."""
         return max(self._free_before, self._free(needed)) if self._started else self._free(needed)
+
+    def ahead_of(self, job: Job, running: Job | None) -> tuple[int, float]:
+        """Return the expected requests before a waiting one, and the expected seconds."""
+        now = None if running is None else (running.caller, running)
+        ahead = self._ready.ahead_of(job.caller, job, lambda one: one.remaining, now)
+        return len(ahead), sum(seconds for _, seconds in ahead)
 
     def ended(self, job: Job) -> None:
         """Mark a job as ended, so that its memory counts as free."""

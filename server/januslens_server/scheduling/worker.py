@@ -24,7 +24,7 @@ from januslens_server.errors import (
     ServerDraining,
     readable_size,
 )
-from januslens_server.scheduling.job import Job, QueuedRequest, ResultBuffer
+from januslens_server.scheduling.job import Job, QueuedRequest, ResultBuffer, Waiting
 from januslens_server.scheduling.turns import Turns
 
 T = TypeVar("T")
@@ -82,6 +82,7 @@ class DeviceWorker:
         self._on_loss = on_loss
         self._lost = False
         self._turns = Turns(free)
+        self._running: Job | None = None
         self._unfinished: set[Job] = set()
         self._left: deque[Job] = deque()  # started jobs that the thread must close
         self._changed = threading.Condition()
@@ -145,6 +146,16 @@ class DeviceWorker:
                 self._turns.remove(job)
                 self._let_go(job)
 
+    def waiting_place(self, request: QueuedRequest) -> Waiting | None:
+        """Return the place of a request in the queue; None if it has started or ended."""
+        with self._changed:
+            found = (job for job in self._turns if job.request is request)
+            job = next(found, None)
+            if job is None or self._turns.has_started(job):
+                return None
+            requests, seconds = self._turns.ahead_of(job, self._running)
+            return Waiting(requests, seconds, time.monotonic() - job.admitted)
+
     def refuse_new(self) -> None:
         """Refuse requests that have not started, now and from now on, with `ServerDraining`."""
         with self._changed:
@@ -205,6 +216,7 @@ class DeviceWorker:
     def _advance(self, job: Job) -> None:
         """Run one request until it ends, its buffer is full, or another request is due."""
         began = time.monotonic()
+        self._running = job
         try:
             while True:
                 self._close_those_who_left()
@@ -221,6 +233,8 @@ class DeviceWorker:
             self._end(job, error.with_traceback(None))
         except Exception as error:  # noqa: BLE001 - any error ends only this request
             self._fail(job, self._translate(error))
+        finally:
+            self._running = None
 
     def _check(self, job: Job) -> None:
         if self._lost:

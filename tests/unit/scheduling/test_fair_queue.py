@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from itertools import count
 
 import pytest
 
-from januslens_server.scheduling.turns import FairQueue
+from januslens_server.scheduling.turns import QUANTUM, FairQueue
 
 
 def queue_of(*items: str) -> FairQueue[str]:
@@ -98,3 +99,54 @@ def test_callers_without_items_are_removed() -> None:
     queue.add("z", "z")
     served(queue)
     assert len(queue._accounts) <= 2
+
+
+def run_until_first_turn(queue: FairQueue[str], left: dict[str, float], item: str) -> list[float]:
+    """Serve items in steps, as the worker does; return when each item began, up to `item`."""
+    began: dict[str, float] = {}
+    now = 0.0
+    while True:
+        served = queue.pop()
+        began.setdefault(served, now)
+        if served == item:
+            return list(began.values())
+        for steps in count(1):
+            step = min(STEP, left[served])
+            left[served] -= step
+            now += step
+            queue.charge(served[0], step)
+            if left[served] <= 1e-9:
+                break
+            callers = queue.in_order()
+            due = callers and queue.has_had_less(callers[0], served[0])
+            if steps * STEP >= QUANTUM and due:
+                queue.add(served[0], served, first=True)
+                break
+
+
+STEP = 0.02
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_expected_requests_ahead_are_those_that_run_before(seed: int) -> None:
+    draw = random.Random(seed)
+    names = [f"{draw.choice('abc')}{number}" for number in range(9)]
+    seconds = {name: draw.choice([0.04, 0.5, 3.0]) for name in names}
+    for item in names:
+        queue = queue_of(*names)
+        for caller in "abc":
+            queue.charge(caller, draw.choice([0.0, 0.0, 1.0]))
+        ahead = queue.ahead_of(item[0], item, seconds.__getitem__, None)
+        # The estimate treats time as continuous; each caller can exceed its share by one turn.
+        tolerance = 3 * (QUANTUM + STEP)
+        began = run_until_first_turn(queue, dict(seconds), item)
+        assert began[-1] == pytest.approx(sum(left for _, left in ahead), abs=tolerance)
+        assert len(began) - 1 == pytest.approx(len(ahead), abs=1)
+
+
+def test_the_running_request_is_ahead_of_every_waiting_one() -> None:
+    queue = queue_of("b1", "b2")
+    queue.charge("a", 5.0)
+    seconds = {"a0": 2.0, "b1": 0.5, "b2": 1.0}.__getitem__
+    assert queue.ahead_of("b", "b1", seconds, ("a", "a0")) == [("a0", QUANTUM)]
+    assert queue.ahead_of("b", "b2", seconds, ("a", "a0")) == [("b1", 0.5), ("a0", QUANTUM)]

@@ -1,3 +1,5 @@
+import type { WaitingMessage } from '../contract'
+
 // RPCs through the page's own HTTP server: protobuf JSON, one message per line.
 
 const TOKEN = 'januslens-token'
@@ -31,11 +33,15 @@ export class CallError extends Error {
   }
 }
 
-/** Yields the lines of a response as they arrive. */
+/**
+ * Yields the lines of a response as they arrive, without those about a request that waits for the
+ * device, which are passed to `onWaiting`.
+ */
 export async function* call(
   method: string,
   request: unknown,
   signal?: AbortSignal,
+  onWaiting: (waiting: WaitingMessage) => void = () => {},
 ): AsyncGenerator<string> {
   const answer = await post(`/api/${method}`, JSON.stringify(request), signal)
   if (!answer.body) return
@@ -46,7 +52,11 @@ export async function* call(
     if (done) break
     const lines = (rest + value).split('\n')
     rest = lines.pop() ?? ''
-    for (const line of lines) yield checked(line)
+    for (const line of lines) {
+      const waiting = waitingIn(line)
+      if (waiting) onWaiting(waiting)
+      else yield checked(line)
+    }
   }
 }
 
@@ -82,6 +92,11 @@ async function refusal(answer: Response): Promise<ErrorDetails> {
   } catch {
     return { message: text || `HTTP ${answer.status}` }
   }
+}
+
+function waitingIn(line: string): WaitingMessage | undefined {
+  if (!line.startsWith('{"waiting"')) return undefined
+  return (JSON.parse(line) as { waiting: WaitingMessage }).waiting
 }
 
 /** Returns the line, or throws if it reports an error. */

@@ -6,10 +6,11 @@ import type {
   GeneratedChoice,
   KnockOutChoice,
 } from '../browser/streams'
-import type { GenerateResponse } from '../contract'
+import type { GenerateResponse, WaitingMessage } from '../contract'
 import { Generation } from '../model/generation'
 import type { Token } from '../model/tokens'
 import { button, choice, element } from '../presentation/elements'
+import { waitingLine } from '../presentation/wording'
 import { CallError, call, callOnce, savedPage } from './calls'
 import {
   changedGeneration,
@@ -174,7 +175,7 @@ export class Panel {
     const { signal } = this.controller
     const { method, request } = VIEWS[this.view]
     let around: Promise<void> | undefined
-    for await (const line of call(method, request(this.question), signal)) {
+    for await (const line of call(method, request(this.question), signal, this.waits)) {
       const message = JSON.parse(line) as Progress
       this.take(this.view, line, message)
       this.follow(message)
@@ -190,10 +191,11 @@ export class Panel {
 
   /** Generates without the part that the question leaves out, beside the plain generation. */
   private async streamChanged(): Promise<void> {
+    const { signal } = this.controller
     const { title, request } = changedGeneration(this.question)
     const stream = `generation:${title}`
     this.frame.post({ stream: 'variants', message: { stream, title } })
-    for await (const line of call('Generate', request, this.controller.signal)) {
+    for await (const line of call('Generate', request, signal, this.waits)) {
       const message = JSON.parse(line) as Progress
       this.take(stream, line, message)
       this.follow(message)
@@ -208,6 +210,9 @@ export class Panel {
       this.take('overview', line)
     }
   }
+
+  private readonly waits = (waiting: WaitingMessage) =>
+    this.setStatus('waiting', waitingLine(waiting))
 
   private follow(message: Progress): void {
     const { layer, matrix, header, generated, effect } = message

@@ -1,3 +1,4 @@
+import type { WaitingMessage } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { isolated, type Token } from '../model/tokens'
 
@@ -32,6 +33,13 @@ export function percent(share: number): string {
   if (size < 0.005) return '0 %'
   const digits = size >= 9.95 ? 0 : size >= 0.095 ? 1 : 2
   return `${share < 0 ? MINUS : ''}${size >= LARGE ? measure(size) : fixed(size, digits)} %`
+}
+
+/** The place of a request that waits for the device: `waiting: 3 requests ahead, about 12 s`. */
+export function waitingLine({ requestsAhead = 0, expectedSeconds = 0 }: WaitingMessage): string {
+  const seconds = Math.ceil(Number(expectedSeconds))
+  const about = seconds > 0 ? `, about ${seconds} s` : ''
+  return `waiting: ${requestsAhead} ${requestsAhead === 1 ? 'request' : 'requests'} ahead${about}`
 }
 
 /** A fixed number of decimals: `0.93`. */

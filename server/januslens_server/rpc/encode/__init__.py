@@ -14,6 +14,7 @@ from januslens_server.rpc.encode.messages import (
     project_response,
     server_info_response,
     tokenize_response,
+    waiting_response,
 )
 from januslens_server.rpc.encode.trace import TraceEncoder
 
@@ -32,4 +33,5 @@ __all__ = [
     "project_response",
     "server_info_response",
     "tokenize_response",
+    "waiting_response",
 ]

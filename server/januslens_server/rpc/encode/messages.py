@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from numpy.typing import NDArray
 
 from januslens.v1 import (
@@ -22,6 +23,8 @@ from januslens.v1 import (
     models_pb2,
     neurons_pb2,
     server_pb2,
+    service_pb2,
+    streams_pb2,
 )
 from januslens_server.errors import CostLimit, LimitViolation
 from januslens_server.results import (
@@ -43,6 +46,9 @@ from januslens_server.results import (
 from januslens_server.rpc.admission import Estimate
 from januslens_server.rpc.encode.columns import Columns, Parts, key, with_length
 from januslens_server.rpc.status import limit_message, limit_number
+from januslens_server.scheduling.job import Waiting
+
+_METHODS = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"].methods_by_name
 
 # A message is full at half of the contract's 1 MiB, which leaves room for the last part, the texts
 # of its tokens and the envelope.
@@ -265,6 +271,19 @@ def _projection_fields(table: ProjectionTable) -> dict[str, NDArray[Any]]:
         fields["target_logit"] = table.target_logits[:, 0]
     fields["log_normalizer"] = table.log_normalizers
     return fields
+
+
+def waiting_response(method: str, place: Waiting) -> Message:
+    """Encode the place in the queue of a request of the streaming RPC `method`."""
+    response: Any = GetMessageClass(_METHODS[method].output_type)()
+    waiting = streams_pb2.Waiting(
+        requests_ahead=place.requests_ahead,
+        expected_seconds=place.expected_seconds,
+        waited_seconds=place.waited_seconds,
+    )
+    response.waiting.CopyFrom(waiting)
+    message: Message = response
+    return message
 
 
 def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
