@@ -262,6 +262,7 @@ MIXTURES = (
 )
 # Mixtures without an adapter: shared experts beside the routed ones, scaled or averaged.
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+BESIDE_FULL = {"sliding_window": WINDOW, "layer_types": ALTERNATING}
 LATENT_WIDTHS = {
     "num_key_value_heads": 4,
     "q_lora_rank": 12,
@@ -435,6 +436,25 @@ LLAMA4 = (
         },
     ),
 )
+# Per-layer inputs beside the MLP, blocks that multiply their sum, normed values, and heads that
+# differ by layer; in the last layer, keys and values have one map.
+GEMMA4 = (
+    Case(
+        "gemma4_text",
+        "per-layer inputs, one map for keys and values",
+        {
+            "num_key_value_heads": 2,
+            "num_global_key_value_heads": 1,
+            "head_dim": 8,
+            "global_head_dim": 12,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "final_logit_softcapping": SOFT_CAP,
+        }
+        | BESIDE_FULL,
+    ),
+)
 # Mixtures that combine what the cases above have: which layers, routers and attention differ.
 ROUTED = {
     "n_routed_experts": 8,
@@ -448,7 +468,6 @@ ROUTED = {
     "attention_bias": True,
 }
 FOUR_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-BESIDE_FULL = {"sliding_window": WINDOW, "layer_types": ALTERNATING}
 COMBINED = tuple(
     Case(family, "automatic", settings, length=6)
     for family, settings in (
@@ -501,7 +520,7 @@ COMBINED = tuple(
         ("youtu", LATENT_WIDTHS | {"attention_bias": True}),
     )
 )
-READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT + LLAMA4 + COMBINED
+READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT + LLAMA4 + GEMMA4 + COMBINED
 MEASURED = CASES + MIXTURES + READ_BY_STRUCTURE
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
 

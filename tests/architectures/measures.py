@@ -33,7 +33,12 @@ from tests.architectures.cases import Case
 from tests.architectures.tiny_models import resident
 
 EVERYTHING = Selection(heads=0, memory_values_per_head=0, top_neurons=0, bottom_neurons=0)
-ADDED_TO_RESIDUAL = (NodeKind.BLOCK_INPUT, NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT)
+ADDED_TO_RESIDUAL = (
+    NodeKind.BLOCK_INPUT,
+    NodeKind.ATTENTION_OUTPUT,
+    NodeKind.MLP_OUTPUT,
+    NodeKind.MIXER_OUTPUT,
+)
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,14 @@ def shares(case: Case) -> float:
 
 def sums(case: Case) -> float:
     """Measure how far the vectors of the parts, not only their shares, add up to the sum."""
-    graph = traced(case)
+    graph, multipliers = traced(case), oracle.multipliers(case)
     parts: defaultdict[str, list[Tensor]] = defaultdict(list)
     for edge in graph.edges:
         if edge.kind is EdgeKind.PART:
-            parts[edge.target].append(_coefficient(graph, edge) * graph.vectors[edge.source])
+            factor, whole = _coefficient(graph, edge), graph.nodes[edge.target]
+            if whole.kind is NodeKind.BLOCK_OUTPUT and whole.layer is not None:
+                factor *= multipliers[whole.layer]
+            parts[edge.target].append(factor * graph.vectors[edge.source])
     return max(
         _relative(torch.stack(vectors).sum(0), graph.vectors[whole])
         for whole, vectors in parts.items()

@@ -103,6 +103,13 @@ def attention_gradients(
     return [layer.gradients(cap) for layer in layers]
 
 
+def multipliers(case: Case) -> list[float]:
+    """What each block multiplies its sum by (Gemma 4)."""
+    text = plain(case).base_model
+    blocks = next(module for module in text.modules() if isinstance(module, nn.ModuleList))
+    return [float(getattr(block, "layer_scalar", 1.0)) for block in blocks]
+
+
 @torch.no_grad()
 def gates(case: Case) -> dict[int, Tensor]:
     """What multiplies the heads' results `[pos, head, d_head or 1]`, of layers with a gate."""
@@ -330,7 +337,11 @@ _FROM_FUSED = {"bloom": _bloom, "falcon": _falcon, "mpt": _mpt}
 @contextmanager
 def _scales_fixed() -> Iterator[None]:
     """Detach the norms' denominators from the graph."""
-    rsqrt = torch.rsqrt
+    rsqrt, power = torch.rsqrt, torch.pow
+
+    def fixed_pow(x: Tensor, exponent: Any) -> Tensor:
+        found = power(x, exponent)
+        return found.detach() if exponent == -0.5 else found  # Gemma 4's inverse root
 
     def fixed_rsqrt(x: Tensor) -> Tensor:
         return rsqrt(x).detach()
@@ -345,6 +356,7 @@ def _scales_fixed() -> Iterator[None]:
 
     with (
         _replaced(torch, "rsqrt", fixed_rsqrt),
+        _replaced(torch, "pow", fixed_pow),
         _replaced(nn.functional, "layer_norm", fixed_layer_norm),
     ):
         yield

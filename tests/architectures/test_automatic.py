@@ -17,7 +17,7 @@ from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import NAMED_KINDS, GradientMatrix, LayerGraph
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec
-from tests.architectures.cases import CASES, LATENT, LLAMA4, WITHOUT_ADAPTER, Case
+from tests.architectures.cases import CASES, GEMMA4, LATENT, LLAMA4, WITHOUT_ADAPTER, Case
 from tests.architectures.tiny_models import plain, resident
 
 # What the automatic adapter requires, according to its errors: separate maps, one rotation, norms
@@ -65,7 +65,9 @@ def test_automatic_view_equals_the_adapters_view(case: Case) -> None:
             assert edge.logit_contribution == pytest.approx(twin.logit_contribution, abs=1e-5)
 
 
-@pytest.mark.parametrize("case", WITHOUT_ADAPTER + LATENT + LLAMA4, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", WITHOUT_ADAPTER + LATENT + LLAMA4 + GEMMA4, ids=lambda case: case.id
+)
 def test_family_without_an_adapter_is_mapped_exactly(case: Case) -> None:
     assert case.family not in ADAPTERS
     model = resident(case)

@@ -35,6 +35,7 @@ from januslens_server.results import (
     MatrixKind,
     NodeKind,
     SiteValues,
+    SublayerKind,
     TraceHeader,
 )
 from januslens_server.specs import (
@@ -48,7 +49,7 @@ from januslens_server.specs import (
     Site,
     TraceSpec,
 )
-from tests.architectures.cases import Case
+from tests.architectures.cases import VOCABULARY, Case
 from tests.architectures.tiny_models import plain, resident
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
@@ -77,10 +78,36 @@ OLMO_HYBRID = Case(
     "linear attention",
     {"num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
 )
+FALCON_H1 = Case(
+    "falcon_h1",
+    "both mixers",
+    {
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "attention_out_multiplier": 0.6,
+        "ssm_out_multiplier": 0.3,
+    },
+)
 # Post-norms: what a block returns is a norm's result; there is no norm before the head.
 OPT = Case("opt", "post-norms", {"do_layer_norm_before": False})
+# The second layer attends to the keys and values of the first.
+SHARED_KEYS = Case(
+    "gemma4_text",
+    "shared keys",
+    HEADS
+    | {
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+)
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
-CASES = (MAMBA, QWEN3_NEXT, OLMO_HYBRID, OPT)
+CASES = (MAMBA, QWEN3_NEXT, OLMO_HYBRID, SHARED_KEYS, OPT)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -139,6 +166,9 @@ def close(found: Any, expected: Any) -> None:
 def test_levels_say_which_layers_show_less_and_why() -> None:
     levels = served(OLMO_HYBRID).view.levels
     assert [found.level for found in levels] == [Level.SUBLAYERS, Level.PARTS]
+    first, second = served(SHARED_KEYS).view.levels
+    assert (first.level, second.level) == (Level.PARTS, Level.SUBLAYERS)
+    assert dict(second.sublayers)["self_attn"] is SublayerKind.ATTENTION
     assert {found.level for found in served(OPT).view.levels} == {Level.STREAM}
     assert "add up to what the block adds" in served(OPT).view.levels[0].reason
     assert "linear_attn.q_proj" in served(OLMO_HYBRID).view.levels[0].reason
@@ -255,7 +285,7 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
         (Case("opt", "no final norm", {"_remove_final_layer_norm": True}), "final norm"),
         (Case("diffllama", "differential", {}), "reproduce the attention of layer 0"),
         (
-            Case("falcon_h1", "both mixers", {"num_key_value_heads": 2}),
+            FALCON_H1,
             "expected query, key, value",
         ),
     ],

@@ -14,9 +14,9 @@ from januslens_server.models.experts import Experts
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.resolve import resolve_activations
 from januslens_server.results import SiteValues
-from januslens_server.specs import ActivationsSpec, Site
+from januslens_server.specs import ActivationsSpec, InterventionSpec, Site, Zero
 from tests.architectures import oracle
-from tests.architectures.cases import CASES, MIXTURES, WITHOUT_ADAPTER, Case
+from tests.architectures.cases import CASES, GEMMA4, MIXTURES, WITHOUT_ADAPTER, Case
 from tests.architectures.tiny_models import plain, resident
 from tests.reference.interventions import HookedModel
 
@@ -55,6 +55,34 @@ def hidden_states(network: Any, case: Case) -> list[Tensor]:
     ids = torch.tensor([case.prompt])
     found = network(ids, use_cache=False, output_hidden_states=True).hidden_states
     return [state[0] for state in found]
+
+
+def test_normed_values_and_per_layer_inputs_are_read_and_changed_as_in_hugging_face() -> None:
+    (case,), changed = GEMMA4, {}
+    network = plain(case)
+
+    def zeroed(site: Site, layer: int) -> Any:
+        def after(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            changed[layer, site] = output[0].clone()
+            return torch.zeros_like(output)
+
+        return after
+
+    modules = {Site.VALUE: "self_attn.v_norm", Site.MIXER_OUTPUT: "post_per_layer_input_norm"}
+    for site, name in modules.items():
+        handles = [
+            block.get_submodule(name).register_forward_hook(zeroed(site, layer))
+            for layer, block in enumerate(network.model.layers)
+        ]
+        with torch.no_grad():
+            expected = network(torch.tensor([case.prompt]), use_cache=False).logits[0]
+        for handle in handles:
+            handle.remove()
+        zero = (InterventionSpec(site, Zero()),)
+        found = read(case, Site.LOGITS, interventions=zero)[None, Site.LOGITS]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        first = read(case, site)[0, site]
+        torch.testing.assert_close(first, changed[0, site], rtol=1e-4, atol=1e-5)
 
 
 @every_case

@@ -49,7 +49,7 @@ from januslens_server.specs import (
     Zero,
 )
 from tests.architectures.cases import Case
-from tests.architectures.test_levels import MAMBA, QWEN3_NEXT, close, served
+from tests.architectures.test_levels import FALCON_H1, MAMBA, QWEN3_NEXT, close, served
 from tests.architectures.tiny_models import plain
 
 ATTENTION, MIXER, MLP = (
@@ -69,19 +69,6 @@ class Added:
     kinds: tuple[SublayerKind, ...]
 
 
-FALCON_H1 = Case(
-    "falcon_h1",
-    "both mixers",
-    {
-        "num_key_value_heads": 2,
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "attention_out_multiplier": 0.6,
-        "ssm_out_multiplier": 0.3,
-    },
-)
 GRANITE_HYBRID = Case(
     "granitemoehybrid",
     "two MLPs",

@@ -37,6 +37,8 @@ def plain(case: Case) -> Any:
         for name, buffer in network.named_buffers():
             if name.endswith("e_score_correction_bias"):  # of routers; 0 by default
                 buffer.copy_(0.2 * torch.randn(buffer.shape))
+            elif name.endswith("layer_scalar"):  # of what a block returns; 1 by default
+                buffer.copy_(0.5 + torch.rand(buffer.shape))
     return network.eval()
 
 

@@ -85,7 +85,8 @@ class StreamActivations:
     """The residual stream `[pos, d_model]` before and after one block.
 
     `before_mid` and `after_mid` are what its sublayers add, by field name of `LayerActivations`,
-    before and after `residual_mid`; without one, all are in `after_mid`. `kept`, `gradients` and
+    before and after `residual_mid`; without one, all are in `after_mid`. The block's output is
+    `multiplier` times their sum with the residual. `kept`, `gradients` and
     `replaced` are as in `LayerActivations`.
     """
 
@@ -94,6 +95,7 @@ class StreamActivations:
     before_mid: Mapping[str, torch.Tensor] = field(default_factory=dict)
     after_mid: Mapping[str, torch.Tensor] = field(default_factory=dict)
     residual_mid: torch.Tensor | None = None
+    multiplier: float = 1.0
     kept: Mapping[int, int] | None = None
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()
@@ -115,11 +117,11 @@ class LayerActivations:
     `[pos, n_heads * d_head]`, and `neurons`, the factors of FF2's rows, `[pos, d_mlp]`. All others
     are `[pos, d_model]`. `attention_output` and `mlp_output` are added to the residual;
     `attention_sum` and `mlp_sum` are the same results before a post-norm or multiplier, and None
-    without one. Parallel blocks have no `residual_mid`. Mixtures of experts have `routing` instead
-    of `neurons`. `gate` `[pos, n_heads, d_head or 1]` multiplies the results of heads before they
-    are concatenated; None if the model has none. `query_scale` and `key_scale` `[pos, d_head]` are
-    set if latent vectors are normed between two linear maps: the norm's scale for each dimension of
-    a query or key.
+    without one. `mixer_output` is what other sublayers add. Parallel blocks have no `residual_mid`.
+    Mixtures of experts have `routing` instead of `neurons`. `gate` `[pos, n_heads, d_head or 1]`
+    multiplies the results of heads before they are concatenated; None if the model has none.
+    `query_scale` and `key_scale` `[pos, d_head]` are set if latent vectors are normed between two
+    linear maps: the norm's scale for each dimension of a query or key.
 
     `gradients` are those of the sums of the residual stream after a backward pass, by the name of
     their field.
@@ -148,6 +150,7 @@ class LayerActivations:
     residual_mid: torch.Tensor | None = None
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None
+    mixer_output: torch.Tensor | None = None
     kept: Mapping[int, int] | None = None
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mapped_query: torch.Tensor | None = None

@@ -82,7 +82,8 @@ def block_flow(
     """
     row = acts.row(flow.position)
     gradients = {name: found[row] for name, found in acts.gradients.items()}
-    residual = acts.block_input[row].float()
+    residual, total = acts.block_input[row].float(), acts.block_output[row].float()
+    outside, flow = flow, _inside(flow, weights.multiplier, total)
     source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
     attention = _Sublayer(
         kinds=ATTENTION,
@@ -117,10 +118,13 @@ def block_flow(
         added_gradient=gradients.get("mlp_output"),
     )
     terms[_add_sublayer(flow, source, residual, mlp)] = mlp.added[row].float()
-    total = acts.block_output[row].float()
-    inside = flow.toward(gradients.get("block_output"))
-    _add_sum(inside, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced)
-    return flow.build()
+    if acts.mixer_output is not None:
+        beside = acts.mixer_output[row].float()
+        inside = flow.toward(gradients.get("mixer_output"))
+        terms[inside.node(NodeKind.MIXER_OUTPUT, beside)] = beside
+    whole = outside.toward(gradients.get("block_output"))
+    _add_sum(whole, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced, weights.multiplier)
+    return outside.build()
 
 
 def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -> Flow:
@@ -132,8 +136,9 @@ def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -
     row = acts.row(flow.position)
     gradients = {name: found[row] for name, found in acts.gradients.items()}
     residual, total = acts.block_input[row].float(), acts.block_output[row].float()
+    outside, flow = flow, _inside(flow, acts.multiplier, total)
     source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
-    whole = flow.toward(gradients.get("block_output"))
+    whole = outside.toward(gradients.get("block_output"))
 
     def terms(added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         vectors = {NodeKind[name.upper()]: found[row] for name, found in added.items()}
@@ -150,13 +155,18 @@ def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -
         residual = middle
     if acts.after_mid:
         parts = {source: residual, **terms(acts.after_mid)}
-        _add_sum(whole, NodeKind.BLOCK_OUTPUT, total, parts, acts.replaced)
-        return flow.build()
+        _add_sum(whole, NodeKind.BLOCK_OUTPUT, total, parts, acts.replaced, acts.multiplier)
+        return outside.build()
     output = whole.node(NodeKind.BLOCK_OUTPUT, total)
     added = total - residual
     (other,) = whole.others(NodeRun(NodeKind.BLOCK_OUTPUT, flow.position, flow.layer), added[None])
     whole.parts([source, other], output, torch.stack([residual, added]), total)
-    return flow.build()
+    return outside.build()
+
+
+def _inside(flow: FlowBuilder, multiplier: float, total: torch.Tensor) -> FlowBuilder:
+    """Return a builder for the parts of a sum that a block multiplies to return `total`."""
+    return flow if multiplier == 1.0 else flow.before(Finish(multiplier=multiplier), total)
 
 
 def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> str:
@@ -208,10 +218,12 @@ def _add_sum(
     total: torch.Tensor,
     terms: Mapping[str, torch.Tensor],
     replaced: frozenset[str],
+    multiplier: float = 1.0,
 ) -> str:
     """Add a node of the residual stream and its terms, vectors `[d_model]` by node id.
 
-    If an intervention replaced the sum, OTHER is the sum without its terms.
+    The node is `multiplier` times the sum of the terms. If an intervention replaced it, OTHER is
+    the rest.
     """
     if not flow.shows(kind):
         return flow.refer(NodeRun(kind, flow.position, flow.layer))[0]
@@ -219,7 +231,7 @@ def _add_sum(
     changed = kind.name in replaced and flow.shows(NodeKind.OTHER)
     if not changed and not flow.shows_edges(ids, [node] * len(ids)):
         return node
-    parts = torch.stack(list(terms.values()))
+    parts = torch.stack(list(terms.values())) * multiplier
     if changed:
         rest = (total - parts.sum(0))[None]
         ids += flow.others(NodeRun(kind, flow.position, flow.layer), rest)
@@ -266,7 +278,10 @@ _PER_NEURON = (NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.MLP_VALUE)
 
 
 def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mapping[NodeKind, int]:
-    """Return the maximum number of nodes of each kind, for a position with `sources` sources."""
+    """Return the maximum number of nodes of each kind, for a position with `sources` sources.
+
+    MIXER_OUTPUT, which few blocks with known parts have, is not among them.
+    """
     heads = _picked(selection.heads, facts.n_heads)
     neurons = _neurons(selection, facts.d_mlp * max(1, facts.n_experts))
     if selection.named_heads:

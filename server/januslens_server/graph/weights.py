@@ -359,9 +359,13 @@ class MlpWeights(Protocol):
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """The weights of one block, and whether a norm precedes attention and MLP."""
+    """The weights of one block, and whether a norm precedes attention and MLP.
+
+    `multiplier` is that of the sum that the block returns.
+    """
 
     attention: AttentionWeights
     mlp: MlpWeights
     attention_prenorm: bool
     mlp_prenorm: bool
+    multiplier: float = 1.0

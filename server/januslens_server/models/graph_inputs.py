@@ -49,6 +49,7 @@ def block_weights(block: Block) -> BlockWeights:
         mlp=_dense(mlp) if isinstance(mlp, Mlp) else mlp.mlp(),
         attention_prenorm=block.attention_prenorm,
         mlp_prenorm=block.mlp_prenorm,
+        multiplier=block.multiplier,
     )
 
 
@@ -69,8 +70,9 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
         "block_input": Tap(block.module, End.INPUT),
         "block_output": Tap(block.module, End.OUTPUT),
     }
+    others = block.sublayers if isinstance(block, CoarseBlock) else block.beside
+    added = {f"sublayer_{i}": each.output for i, each in enumerate(others)}
     if isinstance(block, CoarseBlock):
-        added = {f"sublayer_{i}": each.output for i, each in enumerate(block.sublayers)}
         mid = {} if block.residual_mid is None else {"residual_mid": block.residual_mid}
         return stream | added | mid
     attention = block.attention
@@ -78,7 +80,7 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
         "attention_input": attention.input,
         "query": attention.query.output,
         "key": attention.key.output,
-        "value": attention.value.output,
+        "value": attention.value_norm or attention.value.output,
         "attention_concat": attention.output.input,
         "attention_sum": attention.output.output,
     }
@@ -90,7 +92,7 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
     }
     latent = {} if attention.latent is None else attention.latent.taps
     present = latent | {name: tap for name, tap in optional.items() if tap is not None}
-    return stream | taps | block.mlp.taps | present
+    return stream | taps | block.mlp.taps | present | added
 
 
 _SUMS = frozenset(
@@ -126,6 +128,8 @@ def sum_gradients(
             named[f"{name}_output"] = named.pop(f"{name}_sum")
         elif finish.norm is None:
             named[f"{name}_output"] = named[f"{name}_sum"] / finish.multiplier
+    for i, each in enumerate(block.beside):
+        named["mixer_output"] = named.pop(f"sublayer_{i}") / each.multiplier
     return named
 
 
@@ -135,13 +139,18 @@ def kept_rows(name: str, captured: torch.Tensor, positions: DeviceIndex) -> torc
     Attention at a position reads the keys and values of all earlier positions. Of every other
     tensor only the positions themselves are needed. Rows that are not selected are freed.
     """
-    captured = rows(captured)
+    captured = _rows_of(name, captured)
     if name not in ("key", "rotated_key", "value", "mapped_key"):
         whole = len(positions.numbers) == len(captured)
         return captured if whole else captured[positions.on(captured.device)]
     part = captured[: positions.numbers[-1] + 1]
     owns_memory = part.untyped_storage().nbytes() == part.numel() * part.element_size()
     return part if owns_memory else part.clone()
+
+
+def _rows_of(name: str, captured: torch.Tensor) -> torch.Tensor:
+    """Flatten a captured tensor to `[pos, features]`; normed values have an axis of heads."""
+    return rows(captured.flatten(2) if name == "value" and captured.dim() == 4 else captured)
 
 
 def stream_activations(
@@ -171,6 +180,7 @@ def stream_activations(
         before_mid=added[False],
         after_mid=added[True],
         residual_mid=mid,
+        multiplier=block.multiplier if isinstance(block, CoarseBlock) else 1.0,
         kept=None if positions is None else {p: row for row, p in enumerate(positions)},
         gradients={name: found.to(device) for name, found in (gradients or {}).items()},
         replaced=replaced,
@@ -199,7 +209,7 @@ def layer_activations(
     routing = None
     if isinstance(block.mlp, Experts):  # routing has no batch dimension
         routing = block.mlp.routing(named)
-    named = {name: rows(tensor) for name, tensor in named.items()}
+    named = {name: _rows_of(name, tensor) for name, tensor in named.items()}
     for name in ("query", "key", "value", "mapped_query", "mapped_key"):
         if name in named:
             heads = attention.n_heads if name.endswith("query") else attention.n_kv_heads
@@ -213,6 +223,11 @@ def layer_activations(
             named[f"{name}_output"] = named.pop(f"{name}_sum")
         elif finish.norm is None:
             named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
+    beside = [
+        named.pop(f"sublayer_{i}").float() * each.multiplier for i, each in enumerate(block.beside)
+    ]
+    if beside:
+        named["mixer_output"] = torch.stack(beside).sum(0)
     rotation = None if attention.rotation is None else attention.rotation(length).to(device)
     kept = None if positions is None else {p: row for row, p in enumerate(positions)}
     return LayerActivations(

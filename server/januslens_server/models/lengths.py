@@ -172,8 +172,13 @@ def _shorten(config: Any, length: Length) -> None:
 
 
 def _resize(config: Any, widths: dict[str, int]) -> None:
-    """Set those widths that the configuration has, and move special tokens into the vocabulary."""
+    """Set those widths that the configuration has, and move special tokens into the vocabulary.
+
+    Where heads differ by layer, their number and widths stay.
+    """
     own = set(config.to_dict()) | set(config.attribute_map)
+    if varying := getattr(config, "per_layer_attributes", None):
+        own -= varying | {"num_attention_heads", "num_key_value_heads"}
     for name, width in widths.items():
         if name in own and getattr(config, name) is not None:
             setattr(config, name, width)

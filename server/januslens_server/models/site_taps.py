@@ -62,7 +62,9 @@ def block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
     taps = {
         Site.ATTENTION_INPUT: SiteTap(attention.input, residual),
         Site.VALUE: SiteTap(
-            attention.value.output, _heads(attention, attention.value), attention.value_clip
+            attention.value_norm or attention.value.output,
+            _heads(attention, attention.value),
+            attention.value_clip,
         ),
         Site.HEAD_RESULT: SiteTap(attention.output.input, _heads(attention, attention.query)),
         Site.ATTENTION_OUTPUT: _added(
@@ -74,6 +76,9 @@ def block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
         taps[Site.KEY] = _query_or_key(attention, attention.key)
     if block.residual_mid is not None:
         taps[Site.RESIDUAL_MID] = SiteTap(block.residual_mid, residual)
+    if len(block.beside) == 1:
+        other = block.beside[0]
+        taps[Site.MIXER_OUTPUT] = SiteTap(other.output, residual, multiplier=other.multiplier)
     return taps | (
         _mlp_taps(mlp, residual) if isinstance(mlp, Mlp) else _expert_taps(mlp, residual)
     )

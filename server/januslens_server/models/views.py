@@ -123,7 +123,8 @@ class Attention:
 
     `rotation` returns the rotary matrices for a prompt's length. `query_map` and `key_map` are
     applied between the linear maps and the rotation; `query_norm` and `key_norm` are the taps of
-    their norms' outputs. Values are clipped to `value_clip`. `finish` is applied to the result
+    their norms' outputs, `value_norm` that of a norm of each head's values (Gemma 4), whose input
+    may be the keys' map. Values are clipped to `value_clip`. `finish` is applied to the result
     before it is added to the residual; `added` is the tap of a post-norm's output. A `gate`
     multiplies what the heads pass to `output`. With `latent` vectors, queries, keys and values are
     computed from those.
@@ -141,6 +142,7 @@ class Attention:
     key_map: HeadMap = field(default_factory=HeadMap)
     query_norm: Tap | None = None
     key_norm: Tap | None = None
+    value_norm: Tap | None = None
     value_clip: float | None = None
     gate: AttentionGate | None = None
     latent: LatentAttention | None = None
@@ -154,15 +156,21 @@ class Attention:
 
     @property
     def matrices(self) -> dict[MatrixKind, Linear]:
-        """Weight matrices by kind; behind latent vectors, only that of the output."""
+        """Weight matrices by kind; behind latent vectors, only that of the output.
+
+        If keys and values have one map, it is K.
+        """
         if self.latent is not None:
             return {MatrixKind.O: self.output}
-        return {
+        found = {
             MatrixKind.Q: self.query,
             MatrixKind.K: self.key,
             MatrixKind.V: self.value,
             MatrixKind.O: self.output,
         }
+        if self.value == self.key:
+            del found[MatrixKind.V]
+        return found
 
     @property
     def linears(self) -> list[Linear]:
@@ -212,8 +220,10 @@ class Block:
     """One transformer block.
 
     `residual_mid` is the tap of the residual between attention and MLP, or None if they are
-    parallel. Without a pre-norm, a sublayer reads the residual itself. `maps` are the linear maps
-    by the names of their modules, in the order of the pass.
+    parallel. Without a pre-norm, a sublayer reads the residual itself. `beside` are sublayers that
+    are neither attention nor MLP and read a residual after them; they are shown as one node.
+    The block returns `multiplier` times the sum of its input and its parts (Gemma 4). `maps` are
+    the linear maps by the names of their modules, in the order of the pass.
     """
 
     module: nn.Module
@@ -222,6 +232,8 @@ class Block:
     residual_mid: Tap | None
     attention_prenorm: bool = True
     mlp_prenorm: bool = True
+    beside: tuple[Sublayer, ...] = ()
+    multiplier: float = 1.0
     maps: Mapping[str, ModuleMap] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -235,7 +247,8 @@ class Sublayer:
     """A sublayer of a block without known parts; `name` is that of its module in the block.
 
     It adds `multiplier` times the tensor of `output` `[batch, pos, d_model]` to the residual
-    stream. `after_mid` says whether it reads `CoarseBlock.residual_mid`.
+    stream. `after_mid` says whether it reads `CoarseBlock.residual_mid`. `maps` are linear maps of
+    a sublayer that is no module of its own.
     """
 
     name: str
@@ -243,6 +256,7 @@ class Sublayer:
     output: Tap
     multiplier: float = 1.0
     after_mid: bool = False
+    maps: tuple[Linear, ...] = ()
 
     @property
     def node(self) -> NodeKind:
@@ -260,14 +274,15 @@ class CoarseBlock:
 
     `reason` says which part of the block is unknown. `sublayers` are in the order of the pass;
     without any, nothing between the block's input and output is shown. `residual_mid` is the tap
-    of the residual that the last of them read, or None if all read the block's input. `maps` are
-    as in `Block`.
+    of the residual that the last of them read, or None if all read the block's input.
+    `multiplier` and `maps` are as in `Block`.
     """
 
     module: nn.Module
     reason: str
     sublayers: tuple[Sublayer, ...] = ()
     residual_mid: Tap | None = None
+    multiplier: float = 1.0
     maps: Mapping[str, ModuleMap] = field(default_factory=dict, compare=False)
 
     def adding(self, kind: NodeKind) -> list[Sublayer]:
@@ -446,6 +461,7 @@ def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the block's parameters, with their names, that no part of it includes."""
     matrices = [m for m in block.mlp.matrices.values() if isinstance(m, Linear)]
     matrices += block.attention.linears
+    matrices += [each for sublayer in block.beside for each in sublayer.maps]
     experts = block.mlp if isinstance(block.mlp, Experts) else None
     if experts is not None and experts.shared is not None:
         matrices += experts.shared.matrices.values()

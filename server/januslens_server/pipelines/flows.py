@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -151,18 +152,20 @@ class LayerFlows:
         """Build one block at the position of each target; `below` is the layer sent before it."""
         stream = self._passed.stream(layer)
         device = stream.block_output.device
+        blocks = self._model.view.blocks
+        later = prod(block.multiplier for block in blocks[layer + 1 :])
         builders = [
             FlowBuilder(
                 layer,
                 target.position,
-                None if direction is None else direction.to(device),
+                None if direction is None else direction.to(device) * later,
                 () if self._spec.include_checks else self._spec.node_kinds,
                 self._spec.keeps_vectors,
                 self._spec.attributes,
             )
             for target, direction in zip(targets, self._directions(targets), strict=True)
         ]
-        block = self._model.view.blocks[layer]
+        block = blocks[layer]
         if isinstance(block, CoarseBlock):
             return [stream_flow(flow, stream, below) for flow in builders]
         weights, acts = block_weights(block), self._passed.layer(layer)

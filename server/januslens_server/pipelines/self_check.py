@@ -140,13 +140,15 @@ def _error(block: Block | CoarseBlock, args: Any, named: Any, *, length: int) ->
         if isinstance(block, CoarseBlock):
             stream = stream_activations(block, captured)
             before, after = [*stream.before_mid.values()], [*stream.after_mid.values()]
-            errors = [_residual_error(stream.block_input, before + after, stream.block_output)]
+            output = stream.block_output / stream.multiplier
+            errors = [_residual_error(stream.block_input, before + after, output)]
             if stream.residual_mid is not None:
                 errors += [_residual_error(stream.block_input, before, stream.residual_mid)]
             return max(errors)
         acts = layer_activations(block, captured, length)
         added = [acts.attention_output, acts.mlp_output]
-        residual = _residual_error(acts.block_input, added, acts.block_output)
+        added += [] if acts.mixer_output is None else [acts.mixer_output]
+        residual = _residual_error(acts.block_input, added, acts.block_output / block.multiplier)
         return max(residual, _sums_error(block, acts, length))
 
 

@@ -42,7 +42,7 @@ from januslens_server.models.lengths import (
     miniature,
     prompt_of,
 )
-from januslens_server.models.views import Block, ModelView
+from januslens_server.models.views import Attention, Block, ModelView
 
 # Maximum relative error of the heads' results in the model's data type: the right candidate differs
 # by rounding, a wrong one by tens of per cent.
@@ -239,6 +239,8 @@ class Structure:
         errors: dict[AttentionVariant, float] = {}
         for variant in self._candidates(layer, lengths):
             block = self._block(layer, variant)
+            if _is_too_wide(block.attention):
+                continue
             tensors = captured[layer, variant.layout]
             errors[variant] = attention_error(block, tensors, positions, tolerance)
             if not best and errors[variant] <= tolerance:
@@ -301,12 +303,19 @@ class Structure:
         experts = [block.mlp for block in known if isinstance(block.mlp, Experts)]
         sizes = _PartSizes(
             n_heads=self.settings.n_heads,
-            n_kv_heads=known[0].attention.n_kv_heads,
-            d_head=known[0].attention.output.d_in // self.settings.n_heads,
+            n_kv_heads=max(block.attention.n_kv_heads for block in known),
+            d_head=max(block.attention.output.d_in for block in known) // self.settings.n_heads,
             d_mlp=experts[0].width if experts else known[0].mlp.n_neurons,
             n_experts=experts[0].count if experts else 0,
         )
         return blocks, sizes
+
+
+def _is_too_wide(attention: Attention) -> bool:
+    """Whether a rotation, of layers with wider heads, does not fit the heads of this one."""
+    if attention.rotation is None:
+        return False
+    return attention.rotation(1).cos.shape[-1] > attention.query.d_out // attention.n_heads
 
 
 def _required(config: Any, name: str) -> int:

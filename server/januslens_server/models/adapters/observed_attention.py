@@ -51,7 +51,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class QueryKeyNorms:
-    """Norms of queries and keys: before the rotation as maps with their taps, or after it."""
+    """Norms of queries and keys: before the rotation as maps with their taps, or after it.
+
+    `value_norm` is the tap of a norm of values.
+    """
 
     query_map: HeadMap
     key_map: HeadMap
@@ -59,6 +62,7 @@ class QueryKeyNorms:
     key_norm: Tap | None = None
     rotated_query: HeadNorm | None = None
     rotated_key: HeadNorm | None = None
+    value_norm: Tap | None = None
 
 
 class AttentionFinder:
@@ -110,7 +114,9 @@ class AttentionFinder:
         if len(self._maps) == 1:
             yield from _fused(self._maps[0], n_heads, d_head)
             return
-        query, key, value, *rest = self._maps
+        query, key, value, *rest = (
+            self._maps if len(self._maps) > 2 else [*self._maps, self._maps[1]]
+        )
         n_kv_heads = key.output.shape[-1] // d_head
         plain = Layout(linear(query), linear(key), linear(value), n_kv_heads)
         if not rest and query.output.shape[-1] == whole:
@@ -181,11 +187,16 @@ class AttentionFinder:
         of_key = [call for call in inside if same_memory(call.input, key.output)]
         if query is key:
             of_query, of_key = of_query[:1], of_query[1:2]
+        of_value = of_key[1:]  # keys and values of one map
+        if len(self._maps) > 2:
+            value = self._maps[2]
+            of_value = [call for call in inside if same_memory(call.input, value.output)]
         found = QueryKeyNorms(
             _head_map(of_query, d_head),
             _head_map(of_key, d_head),
             _norm_tap(of_query),
             _norm_tap(of_key),
+            value_norm=_norm_tap(of_value),
         )
         if of_query or of_key or len(inside) != 2:
             return found

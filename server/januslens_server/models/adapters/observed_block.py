@@ -19,15 +19,19 @@ from januslens_server.models.adapters.observed_mlp import (
     dense_mlp,
     find_experts,
     is_linear,
+    linear,
 )
+from januslens_server.models.adapters.observed_modules import multipliers
 from januslens_server.models.adapters.observed_pass import (
     ModuleCall,
     ObservedPass,
+    difference,
     is_norm,
     read_norm,
     same_memory,
 )
-from januslens_server.models.views import Attention, Block
+from januslens_server.models.views import Attention, Block, Sublayer
+from januslens_server.results import SublayerKind
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class BlockFinder:
         block = observed.of(module)
         if block is None:
             raise ModelFailed(f"{name} is not called in a forward pass")
-        self._input = block.input
-        self._attention, self._mlp = self._split(config)
+        self._input, self._output = block.input, block.output
+        self._attention, self._mlp, self._others = self._split(config)
 
     def block(
         self,
@@ -82,7 +86,35 @@ class BlockFinder:
             residual_mid=None if parallel else Tap(reader, End.INPUT),
             attention_prenorm=attention_norm is not None,
             mlp_prenorm=mlp_norm is not None,
+            beside=self._beside(),
+            multiplier=self._multiplier(),
         )
+
+    def _beside(self) -> tuple[Sublayer, ...]:
+        """Map the other linear maps as one sublayer, which adds the result of the last of them."""
+        if not self._others:
+            return ()
+        last = self._others[-1]
+        output = self._behind(last) or last
+        return (
+            Sublayer(
+                name=last.name.removeprefix(f"{self._name}."),
+                kind=SublayerKind.OTHER,
+                output=Tap(output.module, End.OUTPUT, overwritten=output.overwritten),
+                after_mid=True,
+                maps=tuple(linear(call) for call in self._others),
+            ),
+        )
+
+    def _multiplier(self) -> float:
+        """Return what multiplies the sum that the block returns, a number among its tensors."""
+        candidates = multipliers(self._module)
+        if len(candidates) == 1:
+            return candidates[0]
+        results = [self._attention.result, self._mlp.result, *self._others[-1:]]
+        added = [(self._behind(call) or call).given.reshape(self._input.shape) for call in results]
+        whole = self._input.float() + torch.stack(added).float().sum(0)
+        return min(candidates, key=lambda number: difference(number * whole, self._output))
 
     def d_head(self, settings: BlockSettings) -> int:
         """Return the width of a head."""
@@ -92,21 +124,30 @@ class BlockFinder:
         """Return the number of candidates for the layout of attention's linear maps."""
         return len(self._attention.layouts(settings.n_heads))
 
-    def _split(self, config: PreTrainedConfig) -> tuple[AttentionFinder, FoundMlp]:
-        """Split the linear maps into those of attention and those of the MLP.
+    def _split(
+        self, config: PreTrainedConfig
+    ) -> tuple[AttentionFinder, FoundMlp, list[ModuleCall]]:
+        """Split the linear maps into those of attention, those of the MLP, and others.
 
-        Attention comes first. Its maps are in one module, or they are the first four.
+        Attention comes first. Its maps are in one module, or they are the first four. If others
+        follow the MLP, its maps are in one module.
         """
         linears = [call for call in self._calls if is_linear(call)]
         experts = find_experts(self._name, self._calls, config)
+        others: list[ModuleCall] = []
         if experts is None:
             together = [call for call in linears if _parent(call) == _parent(linears[0])]
             count = len(together) if len(together) in {2, 4, 5} else 4
+            if len(together) == 3 and not same_memory(together[0].input, together[2].input):
+                count = 3  # one map for keys and values
             attention, rest = linears[:count], linears[count:]
+            if len(rest) > 3 and count == len(together):
+                mlp = [call for call in rest if _parent(call) == _parent(rest[0])]
+                rest, others = rest[: len(mlp)], rest[len(mlp) :]
         else:
             attention = [e for e in linears if not e.name.startswith(f"{experts.name}.")]
             rest = []
-        if len(attention) not in {2, 4, 5} or (experts is None and len(rest) not in {2, 3}):
+        if len(attention) not in {2, 3, 4, 5} or (experts is None and len(rest) not in {2, 3}):
             found = ", ".join(call.name for call in linears)
             raise ModelFailed(
                 f"{self._name} has {len(linears)} linear maps ({found}): expected query, key, "
@@ -114,7 +155,7 @@ class BlockFinder:
             )
         owner = self._module.get_submodule(_parent(attention[0]).removeprefix(f"{self._name}."))
         found_attention = AttentionFinder(self._name, owner, attention, self._calls)
-        return found_attention, experts or dense_mlp(rest, self._calls, config)
+        return found_attention, experts or dense_mlp(rest, self._calls, config), others
 
     def _read_attention(
         self,
@@ -151,6 +192,7 @@ class BlockFinder:
             key_map=norms.key_map,
             query_norm=norms.query_norm,
             key_norm=norms.key_norm,
+            value_norm=norms.value_norm,
             finish=finish,
             added=added,
         )
@@ -159,12 +201,19 @@ class BlockFinder:
         self, settings: BlockSettings, result: ModuleCall
     ) -> tuple[Finish | None, Tap | None]:
         """Map a norm that reads a sublayer's result, or the model's residual multiplier."""
-        for norm in self._norms():
-            if same_memory(norm.input, result.output) and norm.input.shape == result.output.shape:
-                return Finish(norm=read_norm(norm)), Tap(norm.module, End.OUTPUT)
+        norm = self._behind(result)
+        if norm is not None:
+            return Finish(norm=read_norm(norm)), Tap(norm.module, End.OUTPUT)
         if settings.residual_multiplier != 1.0:
             return Finish(multiplier=settings.residual_multiplier), None
         return None, None
+
+    def _behind(self, result: ModuleCall) -> ModuleCall | None:
+        """Return the call of a norm that reads a sublayer's result, or None."""
+        for norm in self._norms():
+            if same_memory(norm.input, result.output) and norm.input.shape == result.output.shape:
+                return norm
+        return None
 
     def _norm_giving(self, tensor: torch.Tensor) -> ModuleCall | None:
         return next((e for e in self._norms() if same_memory(e.output, tensor)), None)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -79,12 +80,13 @@ class _Call:
 class _Found:
     """What a pass shows of a block.
 
-    These are its sublayers, the residual that the last of them read, if it is not the input, and
-    its linear maps by name. There are no sublayers if none add up.
+    These are its sublayers, the residual that the last of them read, if it is not the input, its
+    multiplier, and its linear maps by name. There are no sublayers if none add up.
     """
 
     sublayers: tuple[Sublayer, ...]
     residual_mid: Tap | None
+    multiplier: float
     maps: dict[str, ModuleMap]
 
 
@@ -106,9 +108,11 @@ def with_modules(
         if isinstance(block, Block) or (layers is not None and layer not in layers):
             blocks[layer] = replace(block, maps=maps)
             continue
-        sublayers, mid = found[layer].sublayers, found[layer].residual_mid
-        reason = block.reason if sublayers else f"{block.reason}; {NOT_FOUND}"
-        blocks[layer] = CoarseBlock(block.module, reason, sublayers, mid, maps)
+        seen = found[layer]
+        reason = block.reason if seen.sublayers else f"{block.reason}; {NOT_FOUND}"
+        blocks[layer] = CoarseBlock(
+            block.module, reason, seen.sublayers, seen.residual_mid, seen.multiplier, maps
+        )
     return replace(view, blocks=tuple(blocks))
 
 
@@ -123,10 +127,11 @@ def _observed(network: PreTrainedModel, view: ModelView) -> dict[int, _Found]:
         for layer, block in enumerate(view.blocks):
 
             def ended(calls: Sequence[_Call], whole: _Call, layer: int = layer) -> None:
-                terms = _terms_of_block(calls, whole, config)
+                terms, multiplier = _terms_of_block(calls, whole, config)
                 coarse = isinstance(view.blocks[layer], CoarseBlock)
                 sublayers, mid = _sublayers(calls, whole, terms) if coarse else ((), None)
-                found[layer] = _Found(sublayers, mid, _linear_maps(calls, whole, terms, shared))
+                maps = _linear_maps(calls, whole, terms, shared)
+                found[layer] = _Found(sublayers, mid, multiplier if sublayers else 1.0, maps)
 
             hooks.enter_context(_observing(block.module, ended))
         network(input_ids=observed_ids(network), use_cache=False)
@@ -180,37 +185,46 @@ def _observing(block: nn.Module, observed: Callable[[Sequence[_Call], _Call], No
 _Terms = list[tuple[_Call, float]]
 
 
-def _terms_of_block(calls: Sequence[_Call], block: _Call, config: PreTrainedConfig) -> _Terms:
-    """Return what makes up what a block adds; empty if it was not found."""
+def _terms_of_block(
+    calls: Sequence[_Call], block: _Call, config: PreTrainedConfig
+) -> tuple[_Terms, float]:
+    """Return what makes up what a block adds, empty if it was not found, and its multiplier."""
     once = [call for call in calls if sum(call.module is each.module for each in calls) == 1]
-    for depth in (1, 2):
-        terms = _terms(_candidates(once, block, depth), block, config)
+    for depth, multiplier in product((1, 2), multipliers(block.module)):
+        terms = _terms(_candidates(once, block, depth), block, config, multiplier)
         if terms:
-            return terms
-    return []
+            return terms, multiplier
+    return [], 1.0
+
+
+def multipliers(block: nn.Module) -> list[float]:
+    """List what may multiply the sum that a block returns: 1, and numbers among its tensors."""
+    own = (*block.buffers(recurse=False), *block.parameters(recurse=False))
+    numbers = [float(tensor) for tensor in own if tensor.numel() == 1]
+    return list(dict.fromkeys([1.0, *(number for number in numbers if number)]))
 
 
 def _sublayers(
     calls: Sequence[_Call], block: _Call, terms: _Terms
 ) -> tuple[tuple[Sublayer, ...], Tap | None]:
-    """Return a block's sublayers, and the tap of the residual that the last of them read."""
-    before_mid, residual_mid = _residual_mid(calls, block, terms)
-    sublayers = tuple(
+    """Return a block's sublayers, and the tap of the residual that the last of them read.
+
+    Sublayers of one kind of node have the same id, so they are on one side of this residual.
+    """
+    sublayers = [
         Sublayer(
             name=_source(call, calls).name,
             kind=_kind(_source(call, calls)),
             output=Tap(call.module, End.OUTPUT, overwritten=call.overwritten),
             multiplier=factor,
-            after_mid=i >= before_mid,
         )
-        for i, (call, factor) in enumerate(terms)
-    )
-    before, behind = (
-        {each.node for each in sublayers if each.after_mid is late} for late in (False, True)
-    )
-    if before & behind:  # their nodes would have the same ids
-        return (), None
-    return sublayers, residual_mid
+        for call, factor in terms
+    ]
+    nodes = [each.node for each in sublayers]
+    split = [i for i in range(1, len(nodes)) if {*nodes[:i]}.isdisjoint(nodes[i:])]
+    before_mid, residual_mid = _residual_mid(calls, block, terms, split)
+    late = (replace(each, after_mid=i >= before_mid) for i, each in enumerate(sublayers))
+    return tuple(late), residual_mid
 
 
 def _linear_maps(
@@ -222,10 +236,7 @@ def _linear_maps(
     what a norm of it returns; the output if it is a multiple of a sublayer's. Maps whose weight is
     in `shared` have more than one module.
     """
-    before_mid, _ = _residual_mid(calls, block, terms)
-    states = [block.input]
-    if before_mid < len(terms):
-        states.append(_after(block, terms[:before_mid]))
+    states = [block.input, *(_after(block, terms[:count]) for count in range(1, len(terms)))]
     norms = [call for call in calls if is_norm(call.module)]
     states += [
         call.output for call in norms if any(_is_multiple(call.input, each) for each in states)
@@ -283,11 +294,16 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.float(), other.float())
 
 
-def _terms(candidates: Sequence[_Call], block: _Call, config: PreTrainedConfig) -> _Terms:
-    """Solve what a block adds for outputs of modules; return these with their factors, if any."""
+def _terms(
+    candidates: Sequence[_Call], block: _Call, config: PreTrainedConfig, multiplier: float
+) -> _Terms:
+    """Solve what a block adds for outputs of modules; return these with their factors, if any.
+
+    The block's output is `multiplier` times its input and what it adds.
+    """
     if not candidates:
         return []
-    added = (block.output.double() - block.input.double()).flatten().cpu()
+    added = (block.output.double() / multiplier - block.input.double()).flatten().cpu()
     columns = torch.stack([call.output.double().flatten().cpu() for call in candidates], dim=1)
     if not (added.isfinite().all() and columns.isfinite().all()):  # the self-check says why
         return []
@@ -303,7 +319,8 @@ def _terms(candidates: Sequence[_Call], block: _Call, config: PreTrainedConfig) 
         if abs(near - factor) <= FACTOR[data_type] * near:
             terms.append((call, near))
             rest = rest - near * columns[:, i]
-    stream = max(float(block.input.double().norm()), float(block.output.double().norm()))
+    sizes_of = (float(each.double().norm()) for each in (block.input, block.output / multiplier))
+    stream = max(sizes_of)
     bound = min(SUM[data_type] * stream, 0.1 * float(added.norm()))
     return terms if float(rest.norm()) <= bound else []
 
@@ -315,12 +332,15 @@ def _factors(config: PreTrainedConfig) -> list[float]:
     return named if depth is None else [*named, depth / config.num_hidden_layers**0.5]
 
 
-def _residual_mid(calls: Sequence[_Call], block: _Call, terms: _Terms) -> tuple[int, Tap | None]:
+def _residual_mid(
+    calls: Sequence[_Call], block: _Call, terms: _Terms, counts: Sequence[int]
+) -> tuple[int, Tap | None]:
     """Return the number of terms before the residual that the last ones read, and its tap.
 
-    Without such a residual, the number is that of all terms, which read the block's input.
+    It is the largest of `counts` after which a module reads the sum. Without one, it is the number
+    of all terms, which read the block's input.
     """
-    for count in range(len(terms) - 1, 0, -1):
+    for count in reversed(counts):
         middle = _after(block, terms[:count])
         for call in calls:
             same = call.input.shape == middle.shape and call.input.is_floating_point()
@@ -346,15 +366,18 @@ def _source(call: _Call, calls: Sequence[_Call]) -> _Call:
 
 
 def _kind(call: _Call) -> SublayerKind:
-    """Return what a sublayer is: an MLP if each position depends on itself alone, else by name."""
-    if _is_positionwise(call):
-        names = (name.lower() for name, _ in call.module.named_modules())
-        experts = any("expert" in name for name in names)
-        return SublayerKind.EXPERTS if experts else SublayerKind.MLP
+    """Return what a sublayer is: an MLP if each position depends on itself alone, else by name.
+
+    Attention to the keys of another layer (Gemma 4) is the exception: its name says what it is.
+    """
     mixer = _mixer(call.module)
+    name = type(mixer).__name__.lower()
+    if SublayerKind.ATTENTION.name.lower() not in name and _is_positionwise(call):
+        names = (own.lower() for own, _ in call.module.named_modules())
+        experts = any("expert" in own for own in names)
+        return SublayerKind.EXPERTS if experts else SublayerKind.MLP
     if {"A_log", "D"} <= {name for name, _ in mixer.named_parameters(recurse=False)}:
         return SublayerKind.STATE_SPACE
-    name = type(mixer).__name__.lower()
     return next((kind for word, kind in MIXERS if word in name), SublayerKind.OTHER)
 
 

@@ -78,8 +78,10 @@ def trace_demand(request: ResolvedTrace) -> Demand:
     spec, layers, positions = request.spec, request.layers, request.positions
     tokens, sizes = len(request.tokens), cost_sizes(request.model)
     scored = len(positions) if spec.include_checks else 1
-    coarse = len(request.model.view.limited(layers))
-    built, shown, junctions = _nodes(sizes, spec, layers, positions, coarse)
+    view = request.model.view
+    coarse = len(view.limited(layers))
+    beside = sum(layer in layers and bool(block.beside) for layer, block in view.known.items())
+    built, shown, junctions = _nodes(sizes, spec, layers, positions, coarse, beside)
     blocks = len(layers) * len(positions)
     most = positions_at_once(spec, sizes.facts, tokens)
     pieces = math.ceil(len(positions) / most) * len(layers) + 1
@@ -131,10 +133,12 @@ def _nodes(
     layers: Sequence[int],
     positions: Sequence[int],
     coarse: int,
+    beside: int,
 ) -> tuple[int, int, int]:
     """Return how many nodes are built, how many are sent, and how many of those not projected.
 
-    `coarse` is the number of layers without known parts.
+    `coarse` is the number of layers without known parts, `beside` that of layers which have known
+    parts and MIXER_OUTPUT.
     """
     kinds: Counter[NodeKind] = Counter()
     for position in positions:
@@ -144,6 +148,7 @@ def _nodes(
         counts[kind] += count * (len(layers) - coarse)
     for kind, count in COARSE_NODES.items():
         counts[kind] += count * len(positions) * coarse
+    counts[NodeKind.MIXER_OUTPUT] += len(positions) * beside
     counts[NodeKind.FINAL_NORM] = counts[NodeKind.PREDICTION] = len(positions)
     shown = {k: count for k, count in counts.items() if not spec.node_kinds or k in spec.node_kinds}
     built = counts if spec.include_checks else shown
