@@ -67,8 +67,8 @@ def trace_page(
         overview: The messages of its overview, which may be empty.
         prompt: The prompt's tokens, for the title.
         knock_outs: Messages of Intervene for nodes that were set to zero, by node id.
-        names: The reader's names and notes of heads and neurons, as in the page's address: one line
-            each of the key, the name and the note between tabs, such as `L9.h6\tname mover\t`.
+        names: The reader's names and notes of heads and neurons, as in the page's address: a line
+            for each, with its key (such as `L9.h6`), its name and its note, separated by tabs.
     """
     measured = {f"knock-out:{node}": messages for node, messages in (knock_outs or {}).items()}
     streams = {"trace": responses, "overview": overview, **measured}
