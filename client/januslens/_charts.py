@@ -1,4 +1,8 @@
-"""Draw figures as SVG: rectangles, lines, texts, and charts of curves over a common axis."""
+"""Draw figures as SVG: rectangles, lines, texts, and charts of curves over a common axis.
+
+Unlike `_figures.py`, this needs no library: reports and the documentation embed the SVG, and equal
+data gives equal text.
+"""
 
 from __future__ import annotations
 

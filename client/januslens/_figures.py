@@ -1,6 +1,7 @@
 """Figures of results, drawn with matplotlib.
 
-They have the data, names and colours of the pages. matplotlib is imported when a figure is drawn.
+They have the data, names and colours of the pages. Unlike the SVG of `_charts.py`, a figure can be
+placed in a user's own axes and saved in any format. matplotlib is imported when one is drawn.
 """
 
 from __future__ import annotations
