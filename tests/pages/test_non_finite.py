@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from playwright.sync_api import Page, expect
@@ -17,6 +16,7 @@ import januslens
 from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
 from januslens.viewer.html import gradient_page, trace_page
 from tests.pages.conftest import PROMPT, Traced
+from tests.pages.test_trace_page import changed
 from tests.support.server import ServerProcess
 
 FLOATS = (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE)
@@ -63,19 +63,18 @@ def opened(tab: Page, path: Path, text: str, state: str) -> None:
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
 
 
-@pytest.mark.parametrize("state", ["", "map=heads", "view=table", "path=1&q=Tokyo"])
-def test_trace_with_non_finite_numbers_draws(
-    tab: Page, demo: Traced, tmp_path: Path, state: str
-) -> None:
+def test_trace_with_non_finite_numbers_draws(tab: Page, demo: Traced, tmp_path: Path) -> None:
     trace: list[trace_pb2.TraceResponse] = corrupted(demo.trace.responses)
     overview = corrupted(demo.overview.responses)
     text = trace_page(trace, overview, demo.trace.prompt_tokens)
     node = demo.trace.nodes_of("MEMORY_VALUE")[-1].id
-    opened(tab, tmp_path / "trace.html", text, f"{state}&sel={node}")
-    assert tab.evaluate(ATTRIBUTES) == []
-    measures = tab.locator(".facts .measures")
-    expect(measures).to_contain_text("norm\nnot finite", use_inner_text=True)
-    expect(tab.locator(".story")).to_contain_text("probability not finite")
+    opened(tab, tmp_path / "trace.html", text, f"sel={node}")
+    for state in ("", "map=heads", "view=table", "path=1&q=Tokyo"):
+        changed(tab, f"{state}&sel={node}")
+        assert tab.evaluate(ATTRIBUTES) == [], state
+        measures = tab.locator(".facts .measures")
+        expect(measures).to_contain_text("norm\nnot finite", use_inner_text=True)
+        expect(tab.locator(".story")).to_contain_text("probability not finite")
 
 
 def test_gradient_with_non_finite_numbers_draws(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
@@ -17,6 +17,7 @@ from tests.pages.conftest import ELAPSED, PROMPT, Traced, wait_until
 from tests.pages.models import HOSTILE
 
 STRONGEST = "L3/p7/HEAD_OUTPUT/h2"
+from tests.support.axe import serious_findings
 VALUE = "L3/p7/MEMORY_VALUE/h2/s3"
 
 
@@ -467,12 +468,25 @@ def test_forced_colours_show_pressed_buttons(tab: Page, demo: Traced) -> None:
     assert bars != tab.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
-@pytest.mark.parametrize("width", [380, 800, 1100, 1900])
-def test_nothing_overflows_the_window(tab: Page, large: Traced, width: int) -> None:
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_reports_nothing_serious(tab: Page, demo: Traced, theme: str) -> None:
+    opened(tab, demo)
+    for state in (
+        "",
+        f"sel={VALUE}&pin={STRONGEST}&q=Tokyo&names=L3.h2%09capitals%09a+note",
+        "view=table",
+        "map=heads&heads=3.2",
+    ):
+        changed(tab, f"{state}&theme={theme}")
+        assert serious_findings(tab) == [], state
+
+
+def test_nothing_overflows_the_window(tab: Page, large: Traced) -> None:
     opened(tab, large)
-    tab.set_viewport_size({"width": width, "height": 900})
-    expect(tab.locator("svg.overview")).to_be_visible()
-    wait_until(tab, "document.documentElement.scrollWidth <= window.innerWidth")
+    for width in (380, 800, 1100, 1900):
+        tab.set_viewport_size({"width": width, "height": 900})
+        expect(tab.locator("svg.overview")).to_be_visible()
+        wait_until(tab, "document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:
@@ -653,7 +667,7 @@ def test_named_head_keeps_its_name_in_labels_link_and_exports(
     expect(tab.locator(".names .node-link")).to_contain_text(shown)
     assert tab.locator("main b, aside b, main img, aside img").count() == 0
     svg = exported(tab, "SVG", tmp_path / "named.svg", size="column").read_text(encoding="utf-8")
-    texts = [text or "" for text in ElementTree.fromstring(svg).itertext()]  # noqa: S314 - our own
+    texts = [text or "" for text in ET.fromstring(svg).itertext()]  # noqa: S314 - our own
     assert f"{shown}: writes the city;" in " ".join(texts)
     tab.get_by_role("button", name="Edit name or note").click()
     tab.get_by_role("button", name="Remove", exact=True).click()

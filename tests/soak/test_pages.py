@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Page
@@ -21,7 +20,7 @@ from playwright.sync_api import Page
 import januslens
 from tests.pages.conftest import ELAPSED, browser, tab, wait_until
 from tests.pages.models import HOSTILE, random_gpt2
-from tests.pages.test_accessibility import AXE
+from tests.support.axe import serious_findings
 from tests.support.server import running_server
 
 __all__ = ["browser", "tab"]  # fixtures
@@ -131,10 +130,7 @@ def test_axe_reports_nothing_serious(
 ) -> None:
     tab.set_viewport_size({"width": width, "height": 900})
     _open(tab, pages(case))
-    tab.evaluate(AXE.read_text(encoding="utf-8"))
-    found: list[dict[str, Any]] = tab.evaluate("axe.run().then(result => result.violations)")
-    serious = [v["id"] for v in found if v["impact"] in ("serious", "critical")]
-    assert serious == []
+    assert serious_findings(tab) == []
 
 
 def test_thirty_layers_are_drawn_and_answer_at_once(
