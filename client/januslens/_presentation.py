@@ -275,11 +275,18 @@ def token_at(position: int, prompt: Sequence[Token]) -> str:
 
 
 def model_name(provenance: Provenance) -> str:
-    """Describe a model: name, architecture, data type, device, 12 characters of the revision."""
+    """Describe a model: name, architecture, weights, 12 characters of the revision."""
     return (
-        f"{provenance.model} ({provenance.architecture}, {provenance.data_type} on "
-        f"{provenance.device}), revision {provenance.revision[:12]}"
+        f"{provenance.model} ({provenance.architecture}, {weights(provenance)}), "
+        f"revision {provenance.revision[:12]}"
     )
+
+
+def weights(provenance: Provenance) -> str:
+    """Describe weights: their data type, device and, if any, stored format and LoRA."""
+    stored = f", from {provenance.quantization}" if provenance.quantization else ""
+    changed = f", with a LoRA of {provenance.lora}" if provenance.lora else ""
+    return f"{provenance.data_type} on {provenance.device}{stored}{changed}"
 
 
 def loading_step(model: Model) -> str:

@@ -10,8 +10,8 @@ import pytest
 
 from januslens import NodeKind
 from januslens import _presentation as presentation
-from januslens.results.models import Model
-from januslens.v1 import models_pb2
+from januslens.results.models import Model, Provenance
+from januslens.v1 import common_pb2, models_pb2
 from tests.client import presentation_fixtures as fixtures
 
 
@@ -202,6 +202,18 @@ def test_a_gradient_has_its_components_largest_first() -> None:
     components = fixtures.files()["gradients.json"][0]["components"]["L1.FF2"]
     assert [(part["position"], part["size"]) for part in components] == [(1, "10"), (0, "2")]
     assert components[0]["promoted"] == ["␣c", "a"]  # descent promotes δ's bottom
+
+
+def test_a_model_is_described_with_the_format_and_the_lora_of_its_weights() -> None:
+    stored = common_pb2.Provenance(
+        model="m", architecture="A", data_type="float32", device="cpu", revision="0123456789abcdef"
+    )
+    plain = presentation.model_name(Provenance.from_message(stored))
+    assert plain == "m (A, float32 on cpu), revision 0123456789ab"
+    stored.quantization, stored.lora = "MXFP4", "rank 8 on q_proj"
+    assert presentation.model_name(Provenance.from_message(stored)) == (
+        "m (A, float32 on cpu, from MXFP4, with a LoRA of rank 8 on q_proj), revision 0123456789ab"
+    )
 
 
 def test_fixtures_are_plain_json() -> None:

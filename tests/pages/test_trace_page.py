@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -12,12 +13,13 @@ from playwright.sync_api import Locator, Page, expect
 
 import januslens
 from januslens import _presentation as presentation
-from januslens.viewer.html import trace_page
+from januslens.v1 import common_pb2
+from januslens.viewer.html import gradient_page, trace_page
 from tests.pages.conftest import ELAPSED, PROMPT, Traced, wait_until
 from tests.pages.models import HOSTILE
+from tests.support.axe import serious_findings
 
 STRONGEST = "L3/p7/HEAD_OUTPUT/h2"
-from tests.support.axe import serious_findings
 VALUE = "L3/p7/MEMORY_VALUE/h2/s3"
 
 
@@ -673,6 +675,36 @@ def test_named_head_keeps_its_name_in_labels_link_and_exports(
     tab.get_by_role("button", name="Remove", exact=True).click()
     expect(tab.locator(".names")).to_have_count(0)
     assert "names=" not in tab.url
+
+
+def test_headers_name_the_weights_and_the_limited_layers(
+    tab: Page, demo: Traced, server_address: str, tmp_path: Path
+) -> None:
+    with januslens.Client(server_address) as client:
+        gradient = client.gradient_lens(PROMPT, " Paris")
+    limit = common_pb2.LayerLevel(
+        layer=1,
+        level=common_pb2.LEVEL_SUBLAYERS,
+        reason="unknown mixer",
+        sublayers=[common_pb2.Sublayer(module="mamba", kind=common_pb2.SUBLAYER_KIND_STATE_SPACE)],
+    )
+    trace, factors = copy.deepcopy((demo.trace.responses, gradient.responses))
+    for header in (trace[0].header, factors[0].header):
+        header.provenance.quantization = "GGUF Q4_K"
+        header.provenance.lora = "rank 8 on q_proj, over the model <b>"
+        header.limited_layers.append(limit)
+    for html in (
+        trace_page(trace, (), demo.trace.prompt_tokens),
+        gradient_page(factors, {}, gradient.prompt_tokens),
+    ):
+        path = tmp_path / "limited.html"
+        path.write_text(html, encoding="utf-8")
+        opened(tab, Traced(demo.trace, demo.trace, path))
+        line = tab.locator(".provenance")
+        expect(line).to_contain_text("float32, from GGUF Q4_K · cpu · with a LoRA of rank 8 on q_")
+        expect(tab.locator(".story")).to_contain_text(
+            "Layer 1: residual stream, mamba (state space) only (unknown mixer)."
+        )
 
 
 def test_saved_names_are_a_part_of_the_page(tab: Page, demo: Traced, tmp_path: Path) -> None:

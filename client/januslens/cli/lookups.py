@@ -116,11 +116,7 @@ def _state(model: Model) -> str:
 
 
 def _weights(model: Model) -> str:
-    """The data type and device of the weights, and how the checkpoint stores them if quantised."""
-    provenance = model.provenance
-    stored = f", from {provenance.quantization}" if provenance.quantization else ""
-    changed = f", with a LoRA of {provenance.lora}" if provenance.lora else ""
-    return f"{provenance.data_type} on {provenance.device}{stored}{changed}" if model.ready else ""
+    return presentation.weights(model.provenance) if model.ready else ""
 
 
 def _sizes(model: Model) -> tuple[int, ...]:

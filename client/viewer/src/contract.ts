@@ -35,6 +35,8 @@ export interface ProvenanceMessage {
   device?: string
   attention?: string
   versions?: Record<string, string>
+  quantization?: string
+  lora?: string
 }
 
 export interface ModelSizesMessage {
@@ -216,6 +218,7 @@ export interface GradientResponse {
     targetTokenIds?: number[]
     predictedTokenId?: number
     skipped?: string[]
+    limitedLayers?: LayerLevelMessage[]
     tokens?: TokenMessage[]
   }
   matrix?: GradientMatrixMessage

@@ -30,7 +30,7 @@ import {
   tokenText,
 } from '../presentation/elements'
 import { narrowest } from '../presentation/heatmap'
-import { lossSentence, rendered } from '../presentation/sentences'
+import { levelNotes, lossSentence, rendered } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
 import { gradientState, KEYS, listenToKeys, toolbar } from './controls'
 import { componentTooltip, fillFacts } from './inspector'
@@ -272,5 +272,6 @@ function story(model: GradientModel): HTMLElement {
   if (model.skipped.length > 0) {
     story.append(` This model has no ${model.skipped.join(', ')}.`)
   }
+  for (const note of levelNotes(model.limited)) story.append(` ${note}`)
   return story
 }

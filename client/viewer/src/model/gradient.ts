@@ -2,6 +2,7 @@ import type {
   ComponentMessage,
   GradientMatrixMessage,
   GradientResponse,
+  LayerLevelMessage,
   NeuronChangeMessage,
   ProjectionMessage,
   ProvenanceMessage,
@@ -181,6 +182,8 @@ export class GradientModel {
   vocabulary: number | undefined
   layerCount: number | undefined
   skipped: string[] = []
+  /** The layers without all parts. */
+  limited: LayerLevelMessage[] = []
   segments: Segment[] = []
   complete = false
   /** Incremented with every message, so that a view knows when to redraw. */
@@ -253,6 +256,7 @@ export class GradientModel {
     this.vocabulary = header.sizes?.vocabSize
     this.layerCount = header.sizes?.nLayers
     this.skipped = (header.skipped ?? []).map(kindOf)
+    this.limited = header.limitedLayers ?? []
   }
 
   private extend(message: GradientMatrixMessage): void {

@@ -145,12 +145,14 @@ function fitting(tokens: readonly Token[], characters: number): number {
 
 /** The model, revision and version that produced the result, and whether it is complete. */
 export function provenanceLine(provenance: ProvenanceMessage, complete: boolean): HTMLElement {
-  const { model, architecture, dataType, device, revision, versions } = provenance
+  const { model, architecture, dataType, device, revision, versions, quantization, lora } =
+    provenance
   const text = [
     `model ${model ?? ''}`,
     architecture,
-    dataType,
+    quantization ? `${dataType}, from ${quantization}` : dataType,
     device,
+    lora ? `with a LoRA of ${lora}` : '',
     `revision ${(revision ?? '').slice(0, 12)}`,
     `januslens ${versions?.januslens ?? ''}`,
   ]

@@ -157,6 +157,11 @@ export function levelSentences(levels: readonly LayerLevelMessage[]): string[] {
   })
 }
 
+/** The sentences of `levelSentences` for a page's summary. */
+export function levelNotes(levels: readonly LayerLevelMessage[]): string[] {
+  return levelSentences(levels).map((text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`)
+}
+
 /** `residual stream, mamba (state space), mlp (MLP)`. */
 function shownParts({ sublayers }: LayerLevelMessage): string {
   const parts = (sublayers ?? []).map(({ module, kind }) => `${module} (${sublayerName(kind)})`)

@@ -19,7 +19,7 @@ import {
   tokenText,
 } from '../presentation/elements'
 import { drawHeatMap, type HeatCell, heatPicture } from '../presentation/heatmap'
-import { explained, rendered, targetSentence } from '../presentation/sentences'
+import { explained, levelNotes, rendered, targetSentence } from '../presentation/sentences'
 import {
   CHARACTER,
   charactersIn,
@@ -124,7 +124,8 @@ class ComparisonView {
       const answer = tokenText(target)
       answer.classList.add('answer')
       line.append(element('span', { class: 'arrow' }, ' → '), answer)
-      const story = rendered(targetSentence(graph, position) ?? [])
+      const sentences = [targetSentence(graph, position) ?? [], levelNotes(graph.limited)]
+      const story = sentences.flatMap((sentence) => [...rendered(sentence), ' '])
       heading.append(
         line,
         element('p', { class: 'story' }, ...story),

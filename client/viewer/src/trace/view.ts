@@ -36,7 +36,7 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
-import { levelSentences, rendered, targetSentence, traceSentences } from '../presentation/sentences'
+import { levelNotes, rendered, targetSentence, traceSentences } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
 import { annotationDialog, annotationLines } from './annotating'
 import { filterOf, flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
@@ -338,14 +338,10 @@ export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: num
   )
 }
 
-function asSentence(text: string): string[] {
-  return [`${text.charAt(0).toUpperCase()}${text.slice(1)}.`]
-}
-
 /** The summary of a trace; while messages arrive, only what can no longer change. */
 function story(graph: FlowGraph, position: number): HTMLElement {
   const sentences = graph.complete
-    ? [...traceSentences(graph, position), ...levelSentences(graph.limited).map(asSentence)]
+    ? [...traceSentences(graph, position), ...levelNotes(graph.limited).map((note) => [note])]
     : [targetSentence(graph, position) ?? [], ['The trace is incomplete.']]
   const parts = sentences.flatMap((sentence) => [...rendered(sentence), ' '])
   return element('p', { class: 'story' }, ...parts)
