@@ -18,6 +18,7 @@ from januslens.v1 import (
     cost_pb2,
     edits_pb2,
     generation_pb2,
+    gradient_lens_pb2,
     intervene_pb2,
     interventions_pb2,
     lens_pb2,
@@ -36,6 +37,7 @@ from januslens_server.rpc.admission import LARGEST_CORRECTION, LARGEST_LESSON, A
 from januslens_server.rpc.encode import (
     ActivationsEncoder,
     GenerateEncoder,
+    GradientLensEncoder,
     InterveneEncoder,
     TraceEncoder,
 )
@@ -59,6 +61,15 @@ REQUESTS: dict[str, tuple[Any, tuple[Any, str]]] = {
     "Generate": (
         generation_pb2.GenerateRequest(input=PROMPT, max_new_tokens=8),
         (GenerateEncoder, "encode"),
+    ),
+    "GradientLens": (
+        gradient_lens_pb2.GradientLensRequest(
+            input=PROMPT,
+            nll=gradient_lens_pb2.NegativeLogLikelihood(target=PARIS),
+            modules=["mlp.c_fc", "attn.c_proj"],
+            include_attention_gradients=True,
+        ),
+        (GradientLensEncoder, "encode"),
     ),
     "Activations": (
         activations_pb2.ActivationsRequest(input=PROMPT, sites=[BLOCK_OUTPUT]),
@@ -183,6 +194,25 @@ async def between_two_projections(
     assert next(calls) > 2
 
 
+async def in_the_backward_pass(
+    stub: Any, rpc: str, demo: Loaded, _patch: pytest.MonkeyPatch
+) -> None:
+    """The gradients of the last layers are found before those of a middle one fail."""
+    reached: list[torch.Tensor] = []
+
+    def fail(gradient: torch.Tensor) -> NoReturn:
+        reached.append(gradient)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fail_later(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    with broken(demo.network.get_submodule("transformer.h.2.mlp"), fail_later):
+        await fails(started(stub, rpc))
+    assert reached
+
+
 async def at_encoding(stub: Any, rpc: str, _demo: Loaded, patch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> NoReturn:
         raise KeyError("encoder")
@@ -205,8 +235,9 @@ OF_ALL_RPCS = [at_decoding, at_resolving, at_encoding, at_writing]
 FAILURES = [
     *((rpc, stage) for rpc in REQUESTS for stage in OF_ALL_RPCS),
     *((rpc, in_the_forward_pass) for rpc in REQUESTS if rpc not in WITHOUT_PASS),
-    *((rpc, in_the_projection) for rpc in ("Trace", *WITHOUT_PASS)),
+    *((rpc, in_the_projection) for rpc in ("Trace", "GradientLens", *WITHOUT_PASS)),
     ("Trace", between_two_projections),
+    ("GradientLens", in_the_backward_pass),
 ]
 every_failure = pytest.mark.parametrize(
     ("rpc", "stage"), FAILURES, ids=[f"{rpc} {stage.__name__}" for rpc, stage in FAILURES]
@@ -216,7 +247,8 @@ every_failure = pytest.mark.parametrize(
 async def seen(stub: Any, rpc: str) -> tuple[float, bytes]:
     """Return the state that callers can observe: an estimate, and the neuron index."""
     estimated = rpc if rpc not in UNARY else "Trace"  # EstimateCost has streams only
-    request = cost_pb2.EstimateCostRequest(**{estimated.lower(): REQUESTS[estimated][0]})
+    field = "gradient_lens" if estimated == "GradientLens" else estimated.lower()
+    request = cost_pb2.EstimateCostRequest(**{field: REQUESTS[estimated][0]})
     estimate = await stub.EstimateCost(request)
     return estimate.seconds, (await results(stub, "FindNeurons"))[0]
 
