@@ -106,6 +106,7 @@ def test_implementations_come_from_an_allow_list(folder: Path, changes: dict[str
         ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "quantised by gptq"),
         ({"configuration_files": ["../other.json"]}, "configuration_files selects"),
         ({"transformers_weights": "../other.safetensors"}, "transformers_weights selects"),
+        ({"vision_config": {"backbone": HUB}}, "backbone selects another model"),
         ({"fusion_config": {"fused": True}}, "fusion_config selects"),
         ({"distributed_config": {"tp_size": 2}}, "distributed_config selects"),
     ],

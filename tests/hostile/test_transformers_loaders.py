@@ -23,6 +23,7 @@ from tests.support.model_folders import healthy
 ROOT = Path(transformers.__file__).parent
 # The modules that load a model from a folder. All others belong to one family or are not called.
 LOADERS = (
+    "backbone_utils.py",
     "configuration_utils.py",
     "core_model_loading.py",
     "conversion_mapping.py",
@@ -52,12 +53,14 @@ DANGEROUS = {
     "exec",
     "get_cached_module_file",
     "get_class_from_dynamic_module",
+    "get_config_dict",
     "get_kernel",
     "get_kernel_hub",
     "hf_hub_download",
     "import_module",
     "lazy_load_kernel",
     "load_and_register_attn_kernel",
+    "repo_exists",
     "snapshot_download",
     "torch.load",
 }
@@ -66,14 +69,16 @@ HARMLESS_KEYS = frozenset(
     """
     _commit_hash _eos_token_tensor _from_model_config _mask_length _name_or_path add_bos_token
     add_eos_token added_tokens_decoder additional_special_tokens architectures attention_dropout
-    chat_control_tokens chat_template compile_config dequantize device_map dtype
+    backbone_config chat_control_tokens chat_template compile_config dequantize device_map dtype
     extra_special_tokens files_loaded first_k_dense_replace fix_mistral_regex
     gradient_checkpointing head_dim inference_mode init_std initializer_factor initializer_range
     is_local layer_types local_files_only max_position_embeddings mlp_layer_types model_name
     model_specific_special_tokens model_type mtp_layer_types mtp_mlp_layer_types
     mtp_per_layer_config name_or_path num_attention_heads num_key_value_heads num_mtp_layers
+    out_features output_hidden_states
     processor_class qk_head_dim response_template sep_token_id sliding_window
-    slow_tokenizer_class special_tokens_map_file tie_word_embeddings tokenizer_class tokenizer_file
+    slow_tokenizer_class special_tokens_map_file stage_names
+    tie_word_embeddings tokenizer_class tokenizer_file
     vision_config vocab_size
     """.split()
 )
@@ -118,9 +123,14 @@ def dangerous_calls(tree: ast.AST, inside: str = "") -> Iterator[str]:
         yield from dangerous_calls(node, getattr(node, "name", "") if named else inside)
 
 
-# Each needs `trust_remote_code`, the `kernels` package or `peft`, or reads a file of the folder
-# with a fixed name.
+# Each needs `trust_remote_code`, the `kernels` package, `peft` or a refused key, or reads a file of
+# the folder with a fixed name.
 KNOWN_CALLS = """
+    backbone_utils.py: consolidate_backbone_kwargs_to_config calls PreTrainedConfig.get_config_dict
+    backbone_utils.py: consolidate_backbone_kwargs_to_config calls hf_api().repo_exists
+    configuration_utils.py: from_pretrained calls cls.get_config_dict
+    models/auto/auto_factory.py: from_pretrained calls hf_api().repo_exists
+    models/auto/configuration_auto.py: from_pretrained calls PreTrainedConfig.get_config_dict
     configuration_utils.py: _get_config_dict calls cached_file
     dynamic_module_utils.py: check_imports calls importlib.import_module
     dynamic_module_utils.py: check_python_requirements calls cached_file

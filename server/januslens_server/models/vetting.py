@@ -72,6 +72,7 @@ ALLOWED_IMPLEMENTATIONS = {
 
 # Keys that, at any depth, make transformers load other files, repositories or code.
 REFUSED_KEYS = {
+    "backbone": "another model's configuration",
     "compression_config": "quantised weights of a part of the model",
     "quantization_config": "quantised weights of a part of the model",
     "configuration_files": "another configuration file",
