@@ -503,6 +503,20 @@ COMBINED = tuple(
             },
         ),
         ("glm4_moe_lite", LATENT_WIDTHS | ROUTED),
+        (
+            "granitemoehybrid",
+            GRANITE_MULTIPLIERS
+            | {
+                "num_key_value_heads": 2,
+                "layer_types": ["full_attention", "full_attention"],
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "shared_intermediate_size": 24,
+                "position_embedding_type": "rope",
+                "mamba_n_heads": 8,
+                "attention_bias": True,
+            },
+        ),
         ("hy_v3", GROUPED | FOUR_EXPERTS | {"num_shared_experts": 1, "attention_bias": True}),
         ("mellum", GROUPED | FOUR_EXPERTS | BESIDE_FULL | {"mlp_layer_types": ["dense", "sparse"]}),
         (

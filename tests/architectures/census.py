@@ -96,8 +96,26 @@ SMALL = {
 }
 # Settings by type, where a property of the configuration computes the kinds of layers.
 OWN: dict[str, dict[str, Any]] = {
+    "axk2": {"num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v32": {"num_key_value_heads": 4},
+    "gemma3": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
 }
 IDS = [5, 17, 44, 201, 9, 33]
@@ -135,7 +153,7 @@ def entry(family: str) -> Entry:
         try:
             built = _save(family, folder)
         except Exception as error:  # noqa: BLE001 - transformers raises anything for odd sizes
-            return Entry(family, "not built", reason=_line(error))
+            return Entry(family, "not built", reason=_unbuilt(error))
         if built:
             return Entry(family, "not built", reason=built)
         try:
@@ -164,7 +182,7 @@ def _save(family: str, folder: Path) -> str:
     config = transformers.AutoConfig.for_model(family, **chosen)
     network: Any = transformers.AutoModelForCausalLM.from_config(config)
     if sum(p.numel() for p in network.parameters()) > MAX_PARAMETERS:
-        return "too large with these settings"
+        return "its parts that are not text are too large with the small settings"
     network.float().eval()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -184,6 +202,15 @@ def _small(config: Any) -> dict[str, Any]:
     if len(kinds) > 1 and "layer_types" in known:  # one layer of each kind
         chosen |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return chosen
+
+
+def _unbuilt(error: Exception) -> str:
+    """Say in words why transformers does not build or run a type."""
+    if isinstance(error, ImportError):
+        return "it needs a package that is not installed"
+    if isinstance(error, TimeoutError):
+        return f"it {error}"
+    return f"transformers cannot build or run it with the small settings ({type(error).__name__})"
 
 
 def _line(error: Exception) -> str:

@@ -86,6 +86,9 @@ class Experts:
     In Llama 4 the router's weights multiply what experts read instead of their results. `scores` is
     then the tap of these weights `[pos, n_experts]`, which are 0 for all but `per_token` experts.
     `module` reads and returns `[n_experts * pos, d_model]`, the rows of each expert in turn.
+
+    In Granite, the shared expert's result `beside` `[batch, pos, d_model]` is added outside of
+    `block`.
     """
 
     block: nn.Module
@@ -101,6 +104,7 @@ class Experts:
     added: Tap | None = None
     scores: Tap | None = None
     per_token: int = 0
+    beside: Tap | None = None
 
     @property
     def count(self) -> int:
@@ -146,7 +150,8 @@ class Experts:
     @property
     def taps(self) -> dict[str, Tap]:
         """Taps that a forward pass captures, by field name of `LayerActivations`."""
-        return {"mlp_input": self.input, "mlp_sum": self.output} | self.routing_taps
+        outside = {} if self.beside is None else {"shared_sum": self.beside}
+        return {"mlp_input": self.input, "mlp_sum": self.output} | outside | self.routing_taps
 
     def routing(self, captured: MutableMapping[str, torch.Tensor]) -> Routing:
         """Take the tensors of `routing_taps`; return the experts of each position.

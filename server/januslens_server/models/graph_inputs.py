@@ -218,16 +218,7 @@ def layer_activations(
         attention.latent.complete(named)
     if attention.gate is not None:
         named["gate"] = attention.gate(named["gate"], attention.n_heads)
-    for name, finish in (("attention", attention.finish), ("mlp", block.mlp.finish)):
-        if finish is None:
-            named[f"{name}_output"] = named.pop(f"{name}_sum")
-        elif finish.norm is None:
-            named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
-    beside = [
-        named.pop(f"sublayer_{i}").float() * each.multiplier for i, each in enumerate(block.beside)
-    ]
-    if beside:
-        named["mixer_output"] = torch.stack(beside).sum(0)
+    _complete_sums(block, named)
     rotation = None if attention.rotation is None else attention.rotation(length).to(device)
     kept = None if positions is None else {p: row for row, p in enumerate(positions)}
     return LayerActivations(
@@ -240,3 +231,19 @@ def layer_activations(
         neuron_change=neuron_change,
         **named,
     )
+
+
+def _complete_sums(block: Block, named: dict[str, torch.Tensor]) -> None:
+    """Replace captured results by what is added to the residual, by field name."""
+    if "shared_sum" in named:
+        named["mlp_sum"] = named["mlp_sum"] + named.pop("shared_sum")
+    for name, finish in (("attention", block.attention.finish), ("mlp", block.mlp.finish)):
+        if finish is None:
+            named[f"{name}_output"] = named.pop(f"{name}_sum")
+        elif finish.norm is None:
+            named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
+    beside = [
+        named.pop(f"sublayer_{i}").float() * each.multiplier for i, each in enumerate(block.beside)
+    ]
+    if beside:
+        named["mixer_output"] = torch.stack(beside).sum(0)

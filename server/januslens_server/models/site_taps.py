@@ -105,10 +105,9 @@ def _mlp_taps(mlp: Mlp, residual: tuple[int, ...]) -> dict[Site, SiteTap]:
 
 
 def _expert_taps(mlp: Experts, residual: tuple[int, ...]) -> dict[Site, SiteTap]:
-    taps = {
-        Site.MLP_INPUT: SiteTap(mlp.input, residual),
-        Site.MLP_OUTPUT: _added(mlp.output, mlp.finish, mlp.added, residual),
-    }
+    taps = {Site.MLP_INPUT: SiteTap(mlp.input, residual)}
+    if mlp.beside is None:  # else no tensor has the whole result
+        taps[Site.MLP_OUTPUT] = _added(mlp.output, mlp.finish, mlp.added, residual)
     if mlp.router is not None:
         taps[Site.ROUTER] = SiteTap(Tap(mlp.router, End.OUTPUT), (mlp.count,))
     return taps

@@ -20,6 +20,7 @@ from januslens_server.models.adapters.observed_mlp import (
     find_experts,
     is_linear,
     linear,
+    with_shared_outside,
 )
 from januslens_server.models.adapters.observed_modules import multipliers
 from januslens_server.models.adapters.observed_pass import (
@@ -145,8 +146,11 @@ class BlockFinder:
                 mlp = [call for call in rest if _parent(call) == _parent(rest[0])]
                 rest, others = rest[: len(mlp)], rest[len(mlp) :]
         else:
-            attention = [e for e in linears if not e.name.startswith(f"{experts.name}.")]
-            rest = []
+            outside = [e for e in linears if not e.name.startswith(f"{experts.name}.")]
+            attention = [call for call in outside if _parent(call) == _parent(outside[0])]
+            rest = outside[len(attention) :]
+            if len(attention) < 2:
+                attention, rest = outside, []
         if len(attention) not in {2, 3, 4, 5} or (experts is None and len(rest) not in {2, 3}):
             found = ", ".join(call.name for call in linears)
             raise ModelFailed(
@@ -155,6 +159,8 @@ class BlockFinder:
             )
         owner = self._module.get_submodule(_parent(attention[0]).removeprefix(f"{self._name}."))
         found_attention = AttentionFinder(self._name, owner, attention, self._calls)
+        if experts is not None and rest:
+            experts = with_shared_outside(experts, rest, self._calls, config)
         return found_attention, experts or dense_mlp(rest, self._calls, config), others
 
     def _read_attention(

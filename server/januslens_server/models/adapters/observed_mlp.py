@@ -107,6 +107,27 @@ def find_experts(
     return FoundMlp(experts, whole.input, whole.module, whole, name)
 
 
+@torch.no_grad()
+def with_shared_outside(
+    found: FoundMlp,
+    maps: Sequence[ModuleCall],
+    calls: Sequence[ModuleCall],
+    config: PreTrainedConfig,
+) -> FoundMlp:
+    """Add a shared expert of these linear maps, whose result is added outside of the mixture.
+
+    Raises:
+        ModelFailed: The maps are not those of a shared expert.
+    """
+    experts = found.parts
+    reads = difference(rows(maps[0].input), rows(found.input)) <= TOLERANCE[found.input.dtype]
+    if not isinstance(experts, Experts) or experts.shared is not None or not reads:
+        raise ModelFailed(f"{maps[0].name} is not part of a shared expert")
+    gated, down = _gated(maps, calls, config), linear(maps[-1])
+    shared = SharedExpert(gated.gate, gated.up, down, gated.activation)
+    return replace(found, parts=replace(experts, shared=shared, beside=down.output))
+
+
 def stacked_experts(module: Any, block: nn.Module, router: nn.Module | None) -> Experts:
     """Map experts in 3-D parameters, in the layout that transformers declares for the module."""
     transposed, concatenated = module.is_transposed, module.is_concatenated
@@ -278,9 +299,11 @@ def _gated(
         for function in functions:
             candidate = _Gated(gate[1], up[1], _times(function))
             errors.append((difference(candidate.activation(gates, ups), neurons), candidate))
-    error, found = min(errors, key=lambda pair: pair[0], default=(float("nan"), None))
-    if found is None or not error <= TOLERANCE[neurons.dtype]:
-        names = " and ".join(call.name for call in maps[:-1])
+    names = " and ".join(call.name for call in maps[:-1])
+    if not errors:
+        raise ModelFailed(f"{names} are not gate and up of a gated MLP")
+    error, found = min(errors, key=lambda pair: pair[0])
+    if not error <= TOLERANCE[neurons.dtype]:
         raise ModelFailed(
             f"the neurons behind {names} are not those of a gated MLP (relative error {error:.2g})"
         )
