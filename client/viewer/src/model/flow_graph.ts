@@ -201,11 +201,16 @@ export class FlowGraph {
   times: StageTimeMessage[] = []
   /** The reader's names and notes by the key of the head or neuron. */
   annotations: ReadonlyMap<string, Annotation> = new Map()
-  /** Incremented with every message and annotation, so that a view knows when to redraw. */
+  /** Incremented with every message, so that a view knows when to redraw. */
   version = 0
   /** Whether every stream that started has also sent its summary. */
   get complete(): boolean {
     return this.headers > 0 && this.headers === this.summaries
+  }
+
+  /** Changes with every message and annotation, for views that name heads or neurons. */
+  get labels(): string {
+    return `${this.version} ${this.annotationText}`
   }
 
   /** Size of the vocabulary, if the stream reports it. */
@@ -266,7 +271,6 @@ export class FlowGraph {
     this.annotationText = text
     this.annotations = annotationsOf(text)
     for (const node of this.nodes.values()) this.withAnnotation(node)
-    this.version++
   }
 
   private withAnnotation(node: GraphNode): GraphNode {

@@ -58,7 +58,7 @@ export class HeadMatrix {
     shown: readonly number[],
     height?: number,
   ): void {
-    const placed = this.layoutChanges.changed(width, position, this.graph.version, height ?? '')
+    const placed = this.layoutChanges.changed(width, position, this.graph.labels, height ?? '')
     if (placed) this.place(width, position, height)
     if (this.markChanges.changed(marks.key, String(shown)) || placed)
       markHeads(this.svg, marks, shown)

@@ -124,7 +124,7 @@ export class Picture {
 
   draw(width: number, position: number, filter: Filter, marks: Marks, flow: SelectionFlow): void {
     const { graph } = this
-    const placed = this.layoutChanges.changed(position, width, graph.version, filter.key)
+    const placed = this.layoutChanges.changed(position, width, graph.labels, filter.key)
     if (placed) this.place(width, position, filter)
     if (this.markChanges.changed(marks.key) || placed) {
       markDetail(this.svg, this.detail, graph, marks, flow)

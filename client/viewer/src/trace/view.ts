@@ -201,7 +201,7 @@ export class TraceView {
     const found = search(graph, state.get('q'))
     const tree = state.get('path') ? contributionTree(graph, position, LISTED) : undefined
     const marks = this.marks(found, tree)
-    if (this.headerChanges.changed(position, graph.version))
+    if (this.headerChanges.changed(position, graph.labels))
       fillHeader(this.heading, graph, position)
     this.drawMaps(room, position, marks)
     this.details.draw(width, position, marks, this.layers())

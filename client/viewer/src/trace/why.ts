@@ -55,7 +55,7 @@ export class WhyFigure {
   /** Draws the figure; `scale` is the height of a logit in pixels, if another figure has the same. */
   draw(width: number, position: number, marks: Marks, scale?: number): void {
     const { graph, svg } = this
-    if (this.layoutChanges.changed(width, position, graph.version, scale ?? 0))
+    if (this.layoutChanges.changed(width, position, graph.labels, scale ?? 0))
       this.place(width, position, scale)
     setClasses<PartRow>(svg, '.parts > g', ({ node, rest }) => {
       const classes = chipClass(node, graph, marks)
