@@ -34,15 +34,10 @@ main()
 """
 
 
-def test_demo_is_the_embedded_model_and_not_sought_on_the_hub() -> None:
-    with januslens.launch("demo", progress=None) as client:
-        (model,) = client.list_models()
-        assert (model.name, model.ready) == ("demo", True)
-
-
 def test_launch_serves_the_demo_model_until_the_client_closes() -> None:
+    """`demo` is the embedded model, and not sought on the hub."""
     steps: list[str] = []
-    with januslens.launch(progress=steps.append, max_waiting=3) as client:
+    with januslens.launch("demo", progress=steps.append, max_waiting=3) as client:
         assert client.trace(PROMPT).target().predicted.text == " Tokyo"
         with januslens.Client(client.address) as other:
             assert [model.name for model in other.list_models()] == ["demo"]

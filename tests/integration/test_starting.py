@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import pytest
 
 from januslens_server.config import read_settings
 from januslens_server.serving.assembly import serve
-from tests.support.server import ServerProcess
+from tests.support.server import ServerProcess, start_server
 
 
-def ended(*flags: str) -> subprocess.CompletedProcess[str]:
-    """Run a server that exits by itself because it cannot serve."""
-    return subprocess.run(
-        [sys.executable, "-m", "januslens_server", *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def ended(*flags: str, environment: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
+    """Run a server that exits by itself because it cannot serve; return its status and output."""
+    server = start_server(flags, environment)
+    status = server.process.wait(timeout=60)
+    server.reader.join()
+    return status, server.lines
 
 
 def test_the_log_shows_address_models_and_device(server: ServerProcess) -> None:
@@ -37,10 +32,8 @@ def test_the_log_shows_address_models_and_device(server: ServerProcess) -> None:
 
 def test_a_second_server_on_the_port_is_refused(server: ServerProcess) -> None:
     port = server.address.rpartition(":")[2]
-    second = ended("--port", port, "--metrics-port", "0")
-    assert second.returncode == 1
-    assert second.stdout == ""
-    (line,) = second.stderr.splitlines()
+    status, (line,) = ended("--port", port, "--metrics-port", "0")
+    assert status == 1
     assert line.startswith("januslens-server: cannot serve: Address already in use")
     assert port in line
 
@@ -53,28 +46,19 @@ def test_a_metrics_port_in_use_is_refused(server: ServerProcess) -> None:
 
 
 def test_an_unavailable_device_is_refused() -> None:
-    refused = ended("--port", "0", "--metrics-port", "0", "--device", "cuda:99")
-    assert refused.returncode == 1
-    (line,) = refused.stderr.splitlines()
+    status, (line,) = ended("--port", "0", "--metrics-port", "0", "--device", "cuda:99")
+    assert status == 1
     assert line.startswith("januslens-server: cannot serve: device 'cuda:99' is not available: ")
 
 
 def test_an_unknown_variable_is_warned_about(server: ServerProcess) -> None:
-    refused = subprocess.run(
-        [sys.executable, "-m", "januslens_server", "--port", server.address.rpartition(":")[2]],
-        env=os.environ | {"JANUSLENS_MAX_WAITNG": "3"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert "WARNING januslens_server: unknown environment variable" in refused.stderr
+    port = server.address.rpartition(":")[2]
+    _, lines = ended("--port", port, environment={"JANUSLENS_MAX_WAITNG": "3"})
+    assert "WARNING januslens_server: unknown environment variable" in "\n".join(lines)
 
 
 def test_an_invalid_setting_is_refused_with_one_line() -> None:
     """tests/unit/test_config.py has the other invalid settings."""
-    wrong = ended("--port", "nonsense")
-    assert wrong.returncode == 2
-    assert wrong.stdout == ""
-    (line,) = wrong.stderr.splitlines()
+    status, (line,) = ended("--port", "nonsense")
+    assert status == 2
     assert line.startswith("januslens-server: invalid --port 'nonsense'")

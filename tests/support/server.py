@@ -28,6 +28,12 @@ class ServerProcess:
 
     process: subprocess.Popen[str] | ForkedServer
     lines: list[str] = field(default_factory=list)
+    reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the log while the server runs."""
+        self.reader = threading.Thread(target=_read, args=(self,), daemon=True)
+        self.reader.start()
 
     @property
     def log(self) -> str:
@@ -115,9 +121,7 @@ def start_server(
             text=True,
             env=variables,
         )
-    server = ServerProcess(process)
-    threading.Thread(target=_read, args=(server,), daemon=True).start()
-    return server
+    return ServerProcess(process)
 
 
 def _read(server: ServerProcess) -> None:
