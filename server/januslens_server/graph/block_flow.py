@@ -1,9 +1,9 @@
-"""Build the flow graph of one block at one position, and that of the final norm."""
+"""Build the flow graph of one block at some positions, and that of the final norm."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -18,6 +18,7 @@ from januslens_server.graph.weighted_rows import Result
 from januslens_server.graph.weights import BlockWeights, Finish
 from januslens_server.results import EdgeKind, ModelFacts, NodeKind, NodeRun
 from januslens_server.specs import Selection
+from januslens_server.transfer import to_device
 
 
 class _Kinds(NamedTuple):
@@ -40,31 +41,31 @@ class _Add(Protocol):
 
 @dataclass(frozen=True)
 class _Sublayer:
-    """Attention or MLP at one position.
+    """Attention or MLP at n positions.
 
-    `normed`, `raw` and `added` are `[pos, d_model]`; `row` is the row of the position. If `normed`
-    is None, the sublayer reads the residual itself. If `finish` is None, its raw result is added to
-    the residual unchanged. The gradients `[d_model]` of `raw` and `added` are None without a
-    backward pass.
+    `normed`, `raw` and `added` are `[pos, d_model]`; `rows` `[n]` are the rows of the positions. If
+    `normed` is None, the sublayer reads the residual itself. If `finish` is None, its raw result is
+    added to the residual unchanged. The gradients `[n, d_model]` of `raw` and `added` are None
+    without a backward pass.
     """
 
     kinds: _Kinds
     inside: frozenset[NodeKind]
     normed: torch.Tensor | None
     raw: torch.Tensor | None
-    row: int
+    rows: torch.Tensor
     added: torch.Tensor
     finish: Finish | None
     add: _Add
-    sum_gradient: torch.Tensor | None
-    added_gradient: torch.Tensor | None
+    sum_gradients: torch.Tensor | None
+    added_gradients: torch.Tensor | None
 
 
-def input_node(layer: int, position: int) -> NodeRun:
-    """Return the input node of block `layer`, which is the output node of the block below."""
+def input_nodes(layer: int, positions: Sequence[int]) -> NodeRun:
+    """Return the input nodes of block `layer`, which are the output nodes of the block below."""
     if layer == 0:
-        return NodeRun(NodeKind.BLOCK_INPUT, position)
-    return NodeRun(NodeKind.BLOCK_OUTPUT, position, layer - 1)
+        return NodeRun(NodeKind.BLOCK_INPUT, positions)
+    return NodeRun(NodeKind.BLOCK_OUTPUT, positions, layer - 1)
 
 
 def block_flow(
@@ -74,54 +75,54 @@ def block_flow(
     selection: Selection,
     below: int | None,
 ) -> Flow:
-    """Build the flow graph of one block at one position, from its input to its output.
+    """Build the flow graph of one block at some positions, from its input to its output.
 
-    The nodes are added to `flow`, whose layer and position are the block's. `below` is the layer
-    that was sent before this one, or None. If it is not the next lower layer, the input node is
-    added here, with a GAP edge from the output of `below`.
+    The nodes are added to `flow`, whose layer is the block's. `below` is the layer that was sent
+    before this one, or None. If it is not the next lower layer, the input nodes are added here,
+    with GAP edges from the outputs of `below`.
     """
-    row = acts.row(flow.position)
-    gradients = {name: found[row] for name, found in acts.gradients.items()}
-    residual, total = acts.block_input[row].float(), acts.block_output[row].float()
+    rows = _rows(acts, flow)
+    gradients = {name: found[rows] for name, found in acts.gradients.items()}
+    residual, total = acts.block_input[rows].float(), acts.block_output[rows].float()
     outside, flow = flow, _inside(flow, weights.multiplier, total)
     source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
     attention = _Sublayer(
         kinds=ATTENTION,
         inside=IN_ATTENTION,
-        row=row,
+        rows=rows,
         normed=acts.attention_input if weights.attention_prenorm else None,
         raw=acts.attention_sum,
         added=acts.attention_output,
         finish=weights.attention.finish,
         add=partial(add_attention, acts=acts, weights=weights.attention, selection=selection),
-        sum_gradient=gradients.get("attention_sum"),
-        added_gradient=gradients.get("attention_output"),
+        sum_gradients=gradients.get("attention_sum"),
+        added_gradients=gradients.get("attention_output"),
     )
     attended = _add_sublayer(flow, source, residual, attention)
-    terms = {source: residual, attended: attention.added[row].float()}
+    terms: Terms = [(source, residual), (attended, attention.added[rows].float())]
     if acts.residual_mid is not None:
-        middle = acts.residual_mid[row].float()
+        middle = acts.residual_mid[rows].float()
         inside = flow.toward(gradients.get("residual_mid"))
         source = _add_sum(inside, NodeKind.RESIDUAL_MID, middle, terms, acts.replaced)
         residual = middle
-        terms = {source: middle}
+        terms = [(source, middle)]
     mlp = _Sublayer(
         kinds=MLP,
         inside=IN_MLP,
-        row=row,
+        rows=rows,
         normed=acts.mlp_input if weights.mlp_prenorm else None,
         raw=acts.mlp_sum,
         added=acts.mlp_output,
         finish=weights.mlp.finish,
         add=partial(add_mlp, acts=acts, weights=weights.mlp, selection=selection),
-        sum_gradient=gradients.get("mlp_sum"),
-        added_gradient=gradients.get("mlp_output"),
+        sum_gradients=gradients.get("mlp_sum"),
+        added_gradients=gradients.get("mlp_output"),
     )
-    terms[_add_sublayer(flow, source, residual, mlp)] = mlp.added[row].float()
+    terms.append((_add_sublayer(flow, source, residual, mlp), mlp.added[rows].float()))
     if acts.mixer_output is not None:
-        beside = acts.mixer_output[row].float()
+        beside = acts.mixer_output[rows].float()
         inside = flow.toward(gradients.get("mixer_output"))
-        terms[inside.node(NodeKind.MIXER_OUTPUT, beside)] = beside
+        terms.append((inside.states(NodeKind.MIXER_OUTPUT, beside), beside))
     whole = outside.toward(gradients.get("block_output"))
     _add_sum(whole, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced, weights.multiplier)
     return outside.build()
@@ -133,34 +134,34 @@ def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -
     Without sublayers, OTHER is all that the block adds to the residual stream, and what an
     intervention adds to its output. `below` is as in `block_flow`.
     """
-    row = acts.row(flow.position)
-    gradients = {name: found[row] for name, found in acts.gradients.items()}
-    residual, total = acts.block_input[row].float(), acts.block_output[row].float()
+    rows = _rows(acts, flow)
+    gradients = {name: found[rows] for name, found in acts.gradients.items()}
+    residual, total = acts.block_input[rows].float(), acts.block_output[rows].float()
     outside, flow = flow, _inside(flow, acts.multiplier, total)
     source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
     whole = outside.toward(gradients.get("block_output"))
 
-    def terms(added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        vectors = {NodeKind[name.upper()]: found[row] for name, found in added.items()}
-        return {
-            flow.toward(gradients.get(kind.name.lower())).node(kind, vector): vector
+    def terms(added: Mapping[str, torch.Tensor]) -> Terms:
+        vectors = {NodeKind[name.upper()]: found[rows] for name, found in added.items()}
+        return [
+            (flow.toward(gradients.get(kind.name.lower())).states(kind, vector), vector)
             for kind, vector in vectors.items()
-        }
+        ]
 
     if acts.residual_mid is not None:
-        middle = acts.residual_mid[row].float()
-        parts = {source: residual, **terms(acts.before_mid)}
+        middle = acts.residual_mid[rows].float()
+        parts = [(source, residual), *terms(acts.before_mid)]
         inside = flow.toward(gradients.get("residual_mid"))
         source = _add_sum(inside, NodeKind.RESIDUAL_MID, middle, parts, acts.replaced)
         residual = middle
     if acts.after_mid:
-        parts = {source: residual, **terms(acts.after_mid)}
+        parts = [(source, residual), *terms(acts.after_mid)]
         _add_sum(whole, NodeKind.BLOCK_OUTPUT, total, parts, acts.replaced, acts.multiplier)
         return outside.build()
-    output = whole.node(NodeKind.BLOCK_OUTPUT, total)
+    outputs = whole.states(NodeKind.BLOCK_OUTPUT, total)
     added = total - residual
-    (other,) = whole.others(NodeRun(NodeKind.BLOCK_OUTPUT, flow.position, flow.layer), added[None])
-    whole.parts([source, other], output, torch.stack([residual, added]), total)
+    others = whole.others(NodeRun(NodeKind.BLOCK_OUTPUT, flow.positions, flow.layer), added)
+    whole.sums([(source, residual), (others, added)], outputs, total)
     return outside.build()
 
 
@@ -169,90 +170,118 @@ def _inside(flow: FlowBuilder, multiplier: float, total: torch.Tensor) -> FlowBu
     return flow if multiplier == 1.0 else flow.before(Finish(multiplier=multiplier), total)
 
 
-def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> str:
-    node = input_node(flow.layer, flow.position)
+def _rows(acts: LayerActivations | StreamActivations, flow: FlowBuilder) -> torch.Tensor:
+    """Return the rows `[n]` of the flow's positions in the captured tensors."""
+    rows = [acts.row(position) for position in flow.positions]
+    return to_device(rows, acts.block_input.device)
+
+
+def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> list[str]:
+    nodes = input_nodes(flow.layer, flow.positions)
     if below is not None and below == flow.layer - 1:
-        return flow.refer(node)[0]
-    ids = flow.nodes([node], residual[None])
+        return flow.refer(nodes)
+    ids = flow.nodes([nodes], residual)
     if below is not None:
-        before = NodeRun(NodeKind.BLOCK_OUTPUT, flow.position, below)
-        flow.edges(EdgeKind.GAP, flow.refer(before), ids, residual.norm()[None])
-    return ids[0]
+        before = NodeRun(NodeKind.BLOCK_OUTPUT, flow.positions, below)
+        flow.edges(EdgeKind.GAP, flow.refer(before), ids, residual.norm(dim=-1))
+    return ids
 
 
 def _add_sublayer(
-    flow: FlowBuilder, source: str, residual: torch.Tensor, sublayer: _Sublayer
-) -> str:
-    """Add norm, sublayer and output; return the id of the output."""
-    at, kinds = sublayer.row, sublayer.kinds
+    flow: FlowBuilder, sources: list[str], residual: torch.Tensor, sublayer: _Sublayer
+) -> list[str]:
+    """Add norm, sublayer and output; return the ids of the outputs."""
+    kinds, rows = sublayer.kinds, sublayer.rows
     if not flow.shows(*kinds, *sublayer.inside):
-        return flow.refer(NodeRun(kinds.output, flow.position, flow.layer))[0]
+        return flow.refer(NodeRun(kinds.output, flow.positions, flow.layer))
     if sublayer.normed is not None:
-        source = _add_normed(flow, kinds.input, source, residual, sublayer.normed[at])
-    added = Result(kinds.output, sublayer.added[at].float())
-    whole = flow.toward(sublayer.added_gradient)
+        sources = _add_normed(flow, kinds.input, sources, residual, sublayer.normed, rows)
+    added = sublayer.added[rows].float()
+    whole = flow.toward(sublayer.added_gradients)
     if sublayer.finish is None or sublayer.raw is None:
-        return sublayer.add(whole, source, result=added)
-    raw = Result(kinds.sum, sublayer.raw[at].float())
-    inside = flow.before(sublayer.finish, raw.vector).toward(sublayer.sum_gradient)
-    total = sublayer.add(inside, source, result=raw)
-    output = whole.node(added.kind, added.vector)
+        return _add_inside(whole, sources, sublayer, kinds.output, added)
+    raw = sublayer.raw[rows].float()
+    inside = flow.toward(sublayer.sum_gradients)
+    totals = _add_inside(inside, sources, sublayer, kinds.sum, raw, sublayer.finish)
+    outputs = whole.states(kinds.output, added)
     kind = EdgeKind.SCALE if sublayer.finish.norm is None else EdgeKind.NORM
-    flow.edges(kind, [total], [output], raw.vector.norm()[None])
-    return output
+    flow.edges(kind, totals, outputs, raw.norm(dim=-1))
+    return outputs
+
+
+def _add_inside(
+    flow: FlowBuilder,
+    sources: list[str],
+    sublayer: _Sublayer,
+    kind: NodeKind,
+    results: torch.Tensor,
+    finish: Finish | None = None,
+) -> list[str]:
+    """Add the nodes inside a sublayer and its raw `results` `[n, d_model]`; return their ids."""
+    if not flow.shows(*sublayer.inside):
+        return flow.states(kind, results)
+    ids = []
+    for i, (source, result) in enumerate(zip(sources, results, strict=True)):
+        inside = flow.at(i) if finish is None else flow.at(i).before(finish, result[None])
+        ids.append(sublayer.add(inside, source, result=Result(kind, result)))
+    return ids
 
 
 def _add_normed(
-    flow: FlowBuilder, kind: NodeKind, source: str, before: torch.Tensor, after: torch.Tensor
-) -> str:
+    flow: FlowBuilder,
+    kind: NodeKind,
+    sources: list[str],
+    before: torch.Tensor,
+    normed: torch.Tensor,
+    rows: torch.Tensor,
+) -> list[str]:
     if not flow.shows(kind):
-        return flow.refer(NodeRun(kind, flow.position, flow.layer))[0]
-    node = flow.node(kind, after.float())
-    flow.edges(EdgeKind.NORM, [source], [node], before.norm()[None])
-    return node
+        return flow.refer(NodeRun(kind, flow.positions, flow.layer))
+    ids = flow.states(kind, normed[rows].float())
+    flow.edges(EdgeKind.NORM, sources, ids, before.norm(dim=-1))
+    return ids
+
+
+# The terms of a sum, each with the ids of its nodes and their vectors `[n, d_model]`.
+Terms = list[tuple[list[str], torch.Tensor]]
 
 
 def _add_sum(
     flow: FlowBuilder,
     kind: NodeKind,
     total: torch.Tensor,
-    terms: Mapping[str, torch.Tensor],
+    terms: Terms,
     replaced: frozenset[str],
     multiplier: float = 1.0,
-) -> str:
-    """Add a node of the residual stream and its terms, vectors `[d_model]` by node id.
+) -> list[str]:
+    """Add nodes of the residual stream with vectors `total` `[n, d_model]`, and their terms.
 
     The node is `multiplier` times the sum of the terms. If an intervention replaced it, OTHER is
     the rest.
     """
-    if not flow.shows(kind):
-        return flow.refer(NodeRun(kind, flow.position, flow.layer))[0]
-    node, ids = flow.node(kind, total), list(terms)
-    changed = kind.name in replaced and flow.shows(NodeKind.OTHER)
-    if not changed and not flow.shows_edges(ids, [node] * len(ids)):
-        return node
-    parts = torch.stack(list(terms.values())) * multiplier
-    if changed:
-        rest = (total - parts.sum(0))[None]
-        ids += flow.others(NodeRun(kind, flow.position, flow.layer), rest)
-        parts = torch.cat([parts, rest])
-    flow.parts(ids, node, parts, total)
-    return node
+    ids = flow.states(kind, total)
+    terms = [(sources, vectors * multiplier) for sources, vectors in terms]
+    if kind.name in replaced and flow.shows(kind) and flow.shows(NodeKind.OTHER):
+        rest = total - torch.stack([vectors for _, vectors in terms]).sum(0)
+        others = flow.others(NodeRun(kind, flow.positions, flow.layer), rest)
+        terms.append((others, rest))
+    flow.sums(terms, ids, total)
+    return ids
 
 
 def final_flow(
-    last_layer: int, position: int, residual: torch.Tensor, normed: torch.Tensor
+    last_layer: int, positions: Sequence[int], residual: torch.Tensor, normed: torch.Tensor
 ) -> Flow:
-    """Build FINAL_NORM and PREDICTION, given the vectors `[d_model]` before and after the norm.
+    """Build FINAL_NORM and PREDICTION, given the vectors `[n, d_model]` before and after the norm.
 
     Both are already normed, so they are projected by the unembedding only.
     """
-    flow = FlowBuilder(last_layer, position, direction=None)
-    nodes = [NodeRun(NodeKind.FINAL_NORM, position), NodeRun(NodeKind.PREDICTION, position)]
-    norm, prediction = flow.nodes(nodes, torch.stack([normed, normed]))
-    below = NodeRun(NodeKind.BLOCK_OUTPUT, position, last_layer)
-    flow.edges(EdgeKind.NORM, below.ids, [norm], residual.norm()[None])
-    flow.edges(EdgeKind.PROJECT, [norm], [prediction], normed.norm()[None])
+    flow = FlowBuilder(last_layer, positions, directions=None)
+    norms = flow.nodes([NodeRun(NodeKind.FINAL_NORM, positions)], normed)
+    predictions = flow.nodes([NodeRun(NodeKind.PREDICTION, positions)], normed)
+    below = NodeRun(NodeKind.BLOCK_OUTPUT, positions, last_layer)
+    flow.edges(EdgeKind.NORM, below.ids, norms, residual.norm(dim=-1))
+    flow.edges(EdgeKind.PROJECT, norms, predictions, normed.norm(dim=-1))
     return flow.build()
 
 

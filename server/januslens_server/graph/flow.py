@@ -18,14 +18,16 @@ from januslens_server.results import (
     Edges,
     Flags,
     Floats,
+    Ints,
     Members,
+    NodeColumn,
     NodeKind,
     NodeRun,
     Nodes,
     coordinates,
 )
 from januslens_server.specs import Criterion
-from januslens_server.transfer import HostCopy
+from januslens_server.transfer import HostCopy, to_device
 
 
 class Scalars:
@@ -114,29 +116,32 @@ class Flow:
 
 
 class FlowBuilder:
-    """Collects nodes and edges at one `layer` and `position`.
+    """Collects nodes and edges of one `layer` at n ascending `positions`.
 
-    The dot product of a part with `direction` `[d_model]` is its `logit_contribution`
-    (`lens.head.LensHead.attribution`); without a direction, there are none. Its dot product with
-    `gradient` `[d_model]` is its `attribution`; `toward` sets the gradient of a sum. Only nodes of
-    the kinds in `shown` (empty: all kinds) and edges between them are kept. Callers use `shows` to
-    skip the computation of others. Without `keeps_vectors`, only the norms of vectors are kept;
-    without `attributes`, gradients are those of states only.
+    Methods for states of the residual stream add one node at each position; `at` returns a builder
+    for the parts of one position. The flow is in the order of the positions.
+
+    The dot product of a part with the row of `directions` `[n, d_model]` for its position is its
+    `logit_contribution` (`lens.head.LensHead.attribution`); without directions, there are none. Its
+    dot product with `gradients` `[n, d_model]` is its `attribution`; `toward` sets the gradients of
+    a sum. Only nodes of the kinds in `shown` (empty: all kinds) and edges between them are kept.
+    Callers use `shows` to skip the computation of others. Without `keeps_vectors`, only the norms
+    of vectors are kept; without `attributes`, gradients are those of states only.
     """
 
     def __init__(
         self,
         layer: int,
-        position: int,
-        direction: torch.Tensor | None,
+        positions: Sequence[int],
+        directions: torch.Tensor | None,
         shown: Collection[NodeKind] = (),
         keeps_vectors: bool = True,
         attributes: bool = False,
     ) -> None:
         self.layer = layer
-        self.position = position
-        self.direction = direction
-        self.gradient: torch.Tensor | None = None
+        self.positions = positions
+        self.directions = directions
+        self.gradients: torch.Tensor | None = None
         self._shown = frozenset(shown)
         self._hidden: set[str] = set()
         self._runs: list[NodeRun] = []
@@ -146,7 +151,8 @@ class FlowBuilder:
         self._vectors: list[torch.Tensor] = []
         self._projected: list[bool] = []
         self._states: list[int] = []
-        self._gradients: list[torch.Tensor] = []
+        self._state_gradients: list[torch.Tensor] = []
+        self._edge_positions: list[int] = []
         self._sources: list[str] = []
         self._targets: list[str] = []
         self._kinds: list[int] = []
@@ -162,43 +168,60 @@ class FlowBuilder:
             self._hidden.update(run.ids)
         return run.ids
 
-    def toward(self, gradient: torch.Tensor | None) -> FlowBuilder:
-        """Return a builder for a sum with this gradient `[d_model]`, which adds to the same flow.
+    @property
+    def position(self) -> int:
+        """The position of a builder for one position."""
+        (position,) = self.positions
+        return position
 
-        Attributions of the sum's parts are dot products with the gradient. States get it as their
+    def at(self, index: int) -> FlowBuilder:
+        """Return a builder for the position with this index, which adds to the same flow."""
+        row = slice(index, index + 1)
+        inside = copy.copy(self)
+        inside.positions = self.positions[row]
+        inside.directions = None if self.directions is None else self.directions[row]
+        inside.gradients = None if self.gradients is None else self.gradients[row]
+        return inside
+
+    def toward(self, gradients: torch.Tensor | None) -> FlowBuilder:
+        """Return a builder for a sum with gradients `[n, d_model]`, which adds to the same flow.
+
+        Attributions of the sum's parts are dot products with its gradient. States get it as their
         own gradient.
         """
-        if gradient is self.gradient:
-            return self
         inside = copy.copy(self)
-        inside.gradient = gradient
+        inside.gradients = gradients
         return inside
 
     def effect(self, by: Criterion) -> torch.Tensor | None:
-        """Return the vector `[d_model]` whose products with parts are their scores.
+        """Return the vector `[d_model]` whose products with parts of a position are their scores.
 
         None means that parts are selected by VISIT's own scores.
         """
         if by is Criterion.VISIT:
             return None
-        return self.direction if by is Criterion.CONTRIBUTION else self.gradient
+        vectors = self.directions if by is Criterion.CONTRIBUTION else self.gradients
+        return None if vectors is None else vectors[0]
 
     def before(self, finish: Finish, raw: torch.Tensor) -> FlowBuilder:
-        """Return a builder for the parts of `raw` `[d_model]`, a result before `finish` is applied.
+        """Return a builder for the parts of `raw` `[n, d_model]`, results before `finish`.
 
         It adds to the same flow, but its logit contributions include `finish`.
         """
-        if self.direction is None:
+        if self.directions is None:
             return self
         inside = copy.copy(self)
-        inside.direction = finish.pull_back(self.direction, raw)
+        inside.directions = finish.pull_back(self.directions, raw)
         return inside
 
     def node(self, kind: NodeKind, vector: torch.Tensor, *, projected: bool = True) -> str:
-        """Add a node of a kind that occurs once per layer and position; return its id."""
-        if not self.shows(kind):
-            return self.refer(NodeRun(kind, self.position, self.layer))[0]
-        return self.nodes([NodeRun(kind, self.position, self.layer)], vector[None], projected)[0]
+        """Add a node of a kind that occurs once at one position; return its id."""
+        return self.states(kind, vector[None], projected=projected)[0]
+
+    def states(self, kind: NodeKind, vectors: torch.Tensor, *, projected: bool = True) -> list[str]:
+        """Add a node of this kind with its vector `[n, d_model]` at each position; return ids."""
+        run = NodeRun(kind, self.positions, self.layer)
+        return self.nodes([run], vectors, projected) if self.shows(kind) else self.refer(run)
 
     def nodes(
         self,
@@ -224,11 +247,11 @@ class FlowBuilder:
             norms = None if norms is None else norms[kept]
         if not shown:
             return ids
-        if self.gradient is not None:
+        if self.gradients is not None:
             kinds = (run.kind for run in shown for _ in run.ids)
-            states = [i for i, kind in enumerate(kinds, len(self._ids)) if kind in STATES]
-            self._states += states
-            self._gradients += [self.gradient] * len(states)
+            states = [i for i, kind in enumerate(kinds) if kind in STATES]
+            self._states += [len(self._ids) + i for i in states]
+            self._state_gradients += [self.gradients[i % len(self.gradients)] for i in states]
         if activations is not None:
             self._scalars.add("activation", len(self._ids), activations)
         if norms is None:
@@ -276,9 +299,34 @@ class FlowBuilder:
         self._scalars.add("weight", len(self._sources), weights)
         if attention is not None:
             self._scalars.add("attention", len(self._sources), attention)
+        self._edge_positions += [*self.positions] * (len(sources) // len(self.positions))
         self._sources += sources
         self._targets += targets
         self._kinds += [int(kind)] * len(sources)
+
+    def sums(
+        self,
+        terms: Sequence[tuple[Sequence[str], torch.Tensor]],
+        targets: Sequence[str],
+        totals: torch.Tensor,
+    ) -> None:
+        """Add PART edges from the terms of a sum at each position, as `parts` does.
+
+        Each term has ids and vectors `[n, d_model]`, as the sums `targets` with vectors `totals`.
+        """
+        kept = [term for term in terms if self._between_shown(term[0], targets)]
+        if not kept:
+            return
+        parts = torch.stack([vectors for _, vectors in kept])  # [terms, n, d_model]
+
+        def products(vectors: torch.Tensor) -> torch.Tensor:
+            return torch.stack([parts[:, i] @ each for i, each in enumerate(vectors)], 1).flatten()
+
+        self._add_shares((parts * totals).sum(-1), totals)
+        self._add_effects(products)
+        sources = [node_id for ids, _ in kept for node_id in ids]
+        norms = parts.norm(dim=-1).flatten()
+        self.edges(EdgeKind.PART, sources, [*targets] * len(kept), norms)
 
     def parts(
         self,
@@ -302,7 +350,7 @@ class FlowBuilder:
             parts, total = parts[kept], total if total.dim() == 1 else total[kept]
             attention = None if attention is None else attention[kept]
         self._add_shares((parts * total).sum(-1), total)
-        self._add_effects(lambda vector: parts @ vector)
+        self._add_effects(lambda vectors: parts @ vectors[0])
         self.edges(EdgeKind.PART, sources, targets, parts.norm(dim=-1), attention)
 
     def weighted_parts(
@@ -327,7 +375,7 @@ class FlowBuilder:
             return activations * rows
 
         self._add_shares(products(total), total)
-        self._add_effects(products)
+        self._add_effects(lambda vectors: products(vectors[0]))
         targets, norms = [target] * len(sources), activations.abs() * terms.norms[picked]
         self.edges(EdgeKind.PART, sources, targets, norms)
 
@@ -335,16 +383,16 @@ class FlowBuilder:
         """Set the shares of the next edges, given the dot products of parts and total."""
         size = total.square().sum(-1)
         shares = torch.where(size > 0, products / size, torch.nan)
-        self._scalars.add("share", len(self._sources), shares)
+        self._scalars.add("share", len(self._sources), shares.flatten())
 
     def _add_effects(self, products: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Set the effects of the next edges, given the products of their parts with a vector."""
-        for name, vector in (
-            ("logit_contribution", self.direction),
-            ("attribution", self.gradient if self._attributes else None),
+        """Set the effects of the next edges, given the products of their parts with vectors."""
+        for name, vectors in (
+            ("logit_contribution", self.directions),
+            ("attribution", self.gradients if self._attributes else None),
         ):
-            if vector is not None:
-                self._scalars.add(name, len(self._sources), products(vector))
+            if vectors is not None:
+                self._scalars.add(name, len(self._sources), products(vectors))
 
     def shows_edges(self, sources: Sequence[str], targets: Sequence[str]) -> bool:
         """Return whether at least one of these edges is kept."""
@@ -362,32 +410,51 @@ class FlowBuilder:
 
     def build(self) -> Flow:
         """Return the collected nodes and edges; their numbers start to cross from the device."""
-        vectors, self._vectors = self._vectors, []  # `_numbers` keeps the builder
+        built, self._vectors = self._vectors, []  # `_numbers` keeps the builder
+        nodes = Nodes(self._ids, coordinates(self._runs))
+        vectors = torch.cat(built) if built else torch.empty(0, 0)
+        projected, states = np.array(self._projected, np.bool_), self._states
+        order = _by_position(nodes.column(NodeColumn.POSITION))
+        if order is not None:
+            ids = [self._ids[i] for i in order.tolist()]
+            nodes, projected = Nodes(ids, nodes.coordinates[order]), projected[order]
+            vectors = vectors[to_device(order, vectors.device)] if built else vectors
+            place = order.argsort()
+            states = place[states].tolist()
+        gradients = self._state_gradients
         return Flow(
-            nodes=Nodes(self._ids, coordinates(self._runs)),
-            vectors=torch.cat(vectors) if vectors else torch.empty(0, 0),
-            projected=np.array(self._projected, np.bool_),
-            states=self._states,
-            gradients=torch.stack(self._gradients) if self._gradients else torch.empty(0, 0),
-            numbers=cache(partial(self._numbers, self._scalars.send())),
+            nodes=nodes,
+            vectors=vectors,
+            projected=projected,
+            states=states,
+            gradients=torch.stack(gradients) if gradients else torch.empty(0, 0),
+            numbers=cache(partial(self._numbers, self._scalars.send(), order)),
         )
 
-    def _numbers(self, scalars: Scalars) -> Numbers:
+    def _numbers(self, scalars: Scalars, order: Ints | None) -> Numbers:
         edges = len(self._sources)
         nodes = dict.fromkeys(("norm", "activation"), len(self._ids))
         columns = scalars.columns(nodes | dict.fromkeys(_EDGE_COLUMNS, edges))
-        return Numbers(
-            norms=columns["norm"],
-            activations=columns["activation"],
-            edges=Edges(
-                self._sources,
-                self._targets,
-                np.array(self._kinds, np.int64),
-                weights=columns["weight"],
-                shares=columns["share"],
-                attention=columns["attention"],
-                logit_contributions=columns["logit_contribution"],
-                attributions=columns["attribution"],
-                overlaps=np.full(edges, np.nan),
-            ),
+        norms, activations = columns["norm"], columns["activation"]
+        found = Edges(
+            self._sources,
+            self._targets,
+            np.array(self._kinds, np.int64),
+            weights=columns["weight"],
+            shares=columns["share"],
+            attention=columns["attention"],
+            logit_contributions=columns["logit_contribution"],
+            attributions=columns["attribution"],
+            overlaps=np.full(edges, np.nan),
         )
+        if order is not None:
+            norms, activations = norms[order], activations[order]
+        of_edges = _by_position(np.array(self._edge_positions, np.int64))
+        return Numbers(norms, activations, found if of_edges is None else found.rows(of_edges))
+
+
+def _by_position(positions: Ints) -> Ints | None:
+    """Return the order `[n]` of ascending positions; None if they are in order already."""
+    if (positions[1:] >= positions[:-1]).all():
+        return None
+    return positions.argsort(kind="stable")

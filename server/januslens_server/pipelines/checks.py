@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from januslens_server.graph.flow import Flow
 from januslens_server.lens.projection import rows_at_once
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
-from januslens_server.results import Guarantee, NodeKind, PositionTarget
+from januslens_server.results import Guarantee, NodeColumn, NodeKind, PositionTarget
 from januslens_server.transfer import to_device
 
 LENS = "last lens = logits"
@@ -47,15 +47,15 @@ class TraceChecks:
         self._shares: defaultdict[str, float] = defaultdict(float)
         self._contributions: defaultdict[int, float] = defaultdict(float)
 
-    def see(self, flows: Iterable[Flow]) -> None:
-        """Add up the shares and contributions of flows."""
-        for flow in flows:
-            position = flow.nodes[0].position
-            for edge in flow.numbers().edges:
-                if edge.share is not None:
-                    self._shares[edge.target] += edge.share
-                if edge.logit_contribution is not None and _adds_to_residual(edge.source):
-                    self._contributions[position] += edge.logit_contribution
+    def see(self, flow: Flow) -> None:
+        """Add up the shares and contributions of a flow with all of its nodes."""
+        positions = flow.nodes.column(NodeColumn.POSITION).tolist()
+        position_of = dict(zip(flow.nodes.ids, positions, strict=True))
+        for edge in flow.numbers().edges:
+            if edge.share is not None:
+                self._shares[edge.target] += edge.share
+            if edge.logit_contribution is not None and _adds_to_residual(edge.source):
+                self._contributions[position_of[edge.target]] += edge.logit_contribution
 
     def guarantees(self, whole: bool) -> list[Guarantee]:
         """Return the measured errors.

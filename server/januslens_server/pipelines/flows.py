@@ -100,10 +100,10 @@ def positions_at_once(spec: TraceSpec, facts: ModelFacts, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """The graphs of some positions of one layer; `last` marks the last piece of a layer."""
+    """The graph of some positions of one layer; `last` marks the last piece of a layer."""
 
     layer: int
-    flows: list[Flow]
+    flow: Flow
     lens: LensKind
     last: bool
 
@@ -136,62 +136,54 @@ class LayerFlows:
             for start in range(0, len(targets), at_once):
                 chunk = targets[start : start + at_once]
                 with clock.stage("graph"):
-                    flows = self._block(layer, chunk, below)
+                    flow = self._block(layer, chunk, below)
                 if chunk[-1] is targets[-1]:
                     self._passed.release(layer)
                 last = layer != top and chunk[-1] is targets[-1]
-                yield Piece(layer, flows, self._spec.lens.kind, last)
+                yield Piece(layer, flow, self._spec.lens.kind, last)
             below = layer
         if below == top:
             yield Piece(top, self._final(targets), LensKind.RAW, last=True)
 
     @torch.inference_mode()
-    def _block(
-        self, layer: int, targets: Sequence[PositionTarget], below: int | None
-    ) -> list[Flow]:
+    def _block(self, layer: int, targets: Sequence[PositionTarget], below: int | None) -> Flow:
         """Build one block at the position of each target; `below` is the layer sent before it."""
         stream = self._passed.stream(layer)
-        device = stream.block_output.device
-        blocks = self._model.view.blocks
-        later = prod(block.multiplier for block in blocks[layer + 1 :])
-        builders = [
-            FlowBuilder(
-                layer,
-                target.position,
-                None if direction is None else direction.to(device) * later,
-                () if self._spec.include_checks else self._spec.node_kinds,
-                self._spec.keeps_vectors,
-                self._spec.attributes,
-            )
-            for target, direction in zip(targets, self._directions(targets), strict=True)
-        ]
+        blocks, directions = self._model.view.blocks, self._directions(targets)
+        if directions is not None:
+            later = prod(block.multiplier for block in blocks[layer + 1 :])
+            directions = directions.to(stream.block_output.device) * later
+        flow = FlowBuilder(
+            layer,
+            [target.position for target in targets],
+            directions,
+            () if self._spec.include_checks else self._spec.node_kinds,
+            self._spec.keeps_vectors,
+            self._spec.attributes,
+        )
         block = blocks[layer]
         if isinstance(block, CoarseBlock):
-            return [stream_flow(flow, stream, below) for flow in builders]
+            return stream_flow(flow, stream, below)
         weights, acts = block_weights(block), self._passed.layer(layer)
-        selection = self._spec.selection
-        return [block_flow(flow, acts, weights, selection, below) for flow in builders]
+        return block_flow(flow, acts, weights, self._spec.selection, below)
 
     @torch.inference_mode()
-    def _final(self, targets: Sequence[PositionTarget]) -> list[Flow]:
+    def _final(self, targets: Sequence[PositionTarget]) -> Flow:
         """Build the final norm and the prediction at the position of each target."""
         before = self._at(targets).float()
         after = self._model.view.lens.final_norm(before)
         last_layer = self._model.view.facts.n_layers - 1
-        return [
-            final_flow(last_layer, target.position, before[i], after[i])
-            for i, target in enumerate(targets)
-        ]
+        return final_flow(last_layer, [target.position for target in targets], before, after)
 
     def _at(self, targets: Sequence[PositionTarget]) -> torch.Tensor:
         """Return the last block's output `[n, d_model]` at the targets' positions."""
         residual = self._passed.residual
         return residual[to_device([target.position for target in targets], residual.device)]
 
-    def _directions(self, targets: Sequence[PositionTarget]) -> Sequence[torch.Tensor | None]:
-        """Return the direction `[d_model]` of each target's logit contributions, or None."""
+    def _directions(self, targets: Sequence[PositionTarget]) -> torch.Tensor | None:
+        """Return the directions `[n, d_model]` of the targets' logit contributions, or None."""
         if not self._spec.contributes:
-            return [None] * len(targets)
+            return None
         residual = self._at(targets)
         tokens = to_device([target.target_token_id for target in targets], residual.device)
         lens = self._model.view.lens
@@ -200,4 +192,4 @@ class LayerFlows:
             directions = directions - lens.attribution(
                 residual, torch.full_like(tokens, self._other)
             )
-        return directions.unbind()
+        return directions

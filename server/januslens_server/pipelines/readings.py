@@ -54,7 +54,7 @@ class _Unread:
     """The nodes of a piece that are sent, before anything is projected.
 
     `shown` are their indices among the nodes of the piece, whose `numbers` may still be on their
-    way from the device, flow by flow. `vectors` `[m, d_model]` are those of the m nodes with the
+    way from the device. `vectors` `[m, d_model]` are those of the m nodes with the
     indices `asked`, which are projected. `gradients` `[s, d_model]` are those of the s nodes with
     the indices `states`, and `gradient_norms` `[s]` their norms.
     """
@@ -64,7 +64,7 @@ class _Unread:
     lens: LensKind
     nodes: Nodes
     shown: Ints
-    numbers: Sequence[Callable[[], Numbers]]
+    numbers: Callable[[], Numbers]
     asked: Ints
     vectors: torch.Tensor
     sent_vectors: HostCopy | None
@@ -104,17 +104,15 @@ class FlowReader:
 
     def add(self, piece: Piece) -> None:
         """Collect a piece. Of its vectors, only those that are projected or sent are kept."""
-        flows = [flow for flow in piece.flows if flow.nodes]
-        nodes, device = Nodes.joined([flow.nodes for flow in flows]), self._model.device
+        flow, nodes, device = piece.flow, piece.flow.nodes, self._model.device
         vectors = torch.empty(0, self._model.view.facts.d_model, device=device)
-        if flows and self._spec.keeps_vectors:
-            vectors = torch.cat([flow.vectors for flow in flows]).to(device)
+        if nodes and self._spec.keeps_vectors:
+            vectors = flow.vectors.to(device)
         shown = self._shown(nodes)
         asked = np.empty(0, np.int64)
         if self._spec.include_projections:
-            projected = np.concatenate([np.empty(0, np.bool_), *(flow.projected for flow in flows)])
-            asked = np.flatnonzero(projected[shown])
-        states, gradients = self._gradients(flows, shown.tolist())
+            asked = np.flatnonzero(flow.projected[shown])
+        states, gradients = self._gradients(flow, shown.tolist())
         lengths = HostCopy(gradients.norm(dim=-1)) if self._spec.differentiates else None
         sent = HostCopy(_rows(vectors, shown)) if self._spec.include_vectors else None
         self._collected.append(
@@ -124,7 +122,7 @@ class FlowReader:
                 lens=piece.lens,
                 nodes=nodes.rows(shown),
                 shown=shown,
-                numbers=[flow.numbers for flow in flows],
+                numbers=flow.numbers,
                 asked=asked,
                 vectors=_rows(vectors, shown[asked]),
                 sent_vectors=sent,
@@ -156,7 +154,7 @@ class FlowReader:
 
         def read() -> list[LayerGraph]:
             for each in unread:
-                check_numbers("activations on this prompt", *(own().norms for own in each.numbers))
+                check_numbers("activations on this prompt", each.numbers().norms)
             columns = _tables_of(tables, len(unread)), _tables_of(gradients, len(unread))
             return [self._graph(*each) for each in zip(unread, *columns, strict=True)]
 
@@ -169,19 +167,16 @@ class FlowReader:
         rows = np.full(len(unread.nodes), -1, np.int64)
         kept = np.flatnonzero(table.projected)
         rows[unread.asked[kept]] = kept
-        numbers = [own() for own in unread.numbers]
-        none = np.empty(0, np.float32)
-        norms = np.concatenate([none, *(own.norms for own in numbers)])
-        activations = np.concatenate([none, *(own.activations for own in numbers)])
-        edges = self._edges(Edges.joined([own.edges for own in numbers]), unread.nodes)
+        numbers = unread.numbers()
+        edges = self._edges(numbers.edges, unread.nodes)
         if self._spec.overlap_k:
             edges = self._with_overlaps(edges, unread.nodes, table, rows)
         sent = None if unread.sent_vectors is None else unread.sent_vectors.tensors()[0].numpy()
         return LayerGraph(
             layer=unread.layer,
             nodes=unread.nodes,
-            norms=norms[unread.shown],
-            activations=activations[unread.shown],
+            norms=numbers.norms[unread.shown],
+            activations=numbers.activations[unread.shown],
             rows=rows,
             projections=_trimmed(table, self._spec.lens.top_k),
             edges=edges,
@@ -190,14 +185,9 @@ class FlowReader:
             gradients=_of_states(unread, gradients) if self._spec.differentiates else None,
         )
 
-    def _gradients(self, flows: Sequence[Flow], shown: Sequence[int]) -> tuple[Ints, torch.Tensor]:
+    def _gradients(self, flow: Flow, shown: Sequence[int]) -> tuple[Ints, torch.Tensor]:
         """Return the indices of the sent states `[s]`, and their gradients `[s, d_model]`."""
-        starts = accumulate((len(flow.nodes) for flow in flows), initial=0)
-        found = {
-            start + state: gradient
-            for start, flow in zip(starts, flows, strict=False)
-            for state, gradient in zip(flow.states, flow.gradients, strict=True)
-        }
+        found = dict(zip(flow.states, flow.gradients, strict=True))
         states = [(i, found[number]) for i, number in enumerate(shown) if number in found]
         if not states:
             empty = torch.empty(0, self._model.view.facts.d_model, device=self._model.device)

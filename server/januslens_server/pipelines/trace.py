@@ -53,7 +53,7 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
             read = reader.start() if reader.full else None
         if spec.include_checks:
             with clock.stage("check"):
-                checks.see(piece.flows)
+                checks.see(piece.flow)
         # Build the next piece while a GPU projects this one. It comes before this one is encoded,
         # because both hold the interpreter's lock.
         piece = next(pieces, None)

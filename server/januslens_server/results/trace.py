@@ -93,14 +93,14 @@ def _common_text(
 
 @dataclass(slots=True)
 class NodeRun:
-    """Nodes of one kind, layer and position, which differ in the other coordinates.
+    """Nodes of one kind and layer, which differ in the other coordinates.
 
     The lists have one entry for each node; None means that the nodes do not have the coordinate.
-    Without any list, the run is a single node.
+    Without any list, the run is a single node. `position` is a list for nodes that have no other.
     """
 
     kind: NodeKind
-    position: int
+    position: int | Sequence[int]
     layer: int | None = None
     heads: Sequence[int] | None = None
     source_positions: Sequence[int] | None = None
@@ -112,6 +112,10 @@ class NodeRun:
     ids: list[str] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.position, int):
+            places = self.position
+            self.ids = [_common_text(self.kind, at, self.layer, self.sum_kind) for at in places]
+            return
         text = _common_text(self.kind, self.position, self.layer, self.sum_kind)
         lists = {
             "h": self.heads,
