@@ -262,7 +262,7 @@ def _residual_rows(
                 cells.tokens(read.top_tokens[:_TOKENS], [target.target]),
                 cells.rank(read.target_rank),
                 cells.probability_bar(read.target_probability, read.target_log_probability),
-                cells.signed(step.added.logit_contribution if step.added else None),
+                cells.signed(step.contribution),
             )
             previous = step.layer
 

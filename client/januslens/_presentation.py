@@ -7,7 +7,7 @@ tests/fixtures/presentation/ tests both implementations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -451,14 +451,15 @@ class ResidualStep:
         name: What was added, or `input` for a residual that no traced block made.
         place: The step's name in a sentence: `the embedding`, `layer 3's attention`.
         node: The residual after the step.
-        added: The added part with its edge; None for `input`.
+        contribution: What the added parts contribute to the target's logit together; None for
+            `input`, and without contributions.
     """
 
     layer: int
     name: str
     place: str
     node: Node
-    added: Part | None
+    contribution: float | None
 
 
 def all_residual_steps(trace: Trace, position: int) -> Iterator[ResidualStep]:
@@ -472,7 +473,8 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
 
     The input is left out if it is the last step of the layer below. Attention and MLP are one step
     if they are parallel, or if the trace does not have the residual between them. Steps of a layer
-    without all parts are named after the sublayers that are shown; without any, `block`.
+    without all parts, or with other parts than these two, are named after the parts that are
+    shown; without any, `block`.
     """
     mids = layer.nodes_of(NodeKind.RESIDUAL_MID, position)
     outputs = layer.nodes_of(NodeKind.BLOCK_OUTPUT, position)
@@ -480,17 +482,27 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
     for node in [*layer.nodes_of(NodeKind.BLOCK_INPUT, position), *gaps]:
         place = "the embedding" if node.layer is None else f"layer {node.layer}"
         yield ResidualStep(layer.layer, "input", place, node, None)
-    steps = [(node, "attention") for node in mids]
+    attention, mlp = NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT
+    steps = [(node, [attention]) for node in mids]
     own = [node for node in outputs if node.layer == layer.layer]
-    steps += [(node, "MLP" if mids else "attention and MLP") for node in own]
+    steps += [(node, [mlp] if mids else [attention, mlp]) for node in own]
     limited = any(level.layer == layer.layer for level in trace.header.limited_layers)
     for node, usual in steps:
         parts = {part.node.kind: part for part in trace.parts_of(node)}
         added = [kind for kind in _ADDED if kind in parts]
-        name = " and ".join(_ADDED[kind] for kind in added) or "block" if limited else usual
-        last = parts[added[-1]] if added else None
+        named = limited or NodeKind.MIXER_OUTPUT in added
+        kinds = added if named else usual
+        name = " and ".join(_ADDED[kind] for kind in kinds) or "block"
         place = f"layer {layer.layer}'s {name}"
-        yield ResidualStep(layer.layer, f"+ {name}", place, node, last)
+        known = added if set(kinds) <= set(added) else []
+        contribution = _sum(parts[kind].logit_contribution for kind in known)
+        yield ResidualStep(layer.layer, f"+ {name}", place, node, contribution)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Add the values that are known; None without any."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known else None
 
 
 # What sublayers are called, in the order of the pass.
@@ -547,14 +559,12 @@ def folded_steps(
             yield from (steps[i] for i in places)
         else:
             dull = tuple(steps[i] for i in places)
-            added = [step.added.logit_contribution for step in dull if step.added]
-            known = [value for value in added if value is not None]
-            yield FoldedSteps(dull, math.fsum(known) if known else None)
+            yield FoldedSteps(dull, _sum(step.contribution for step in dull))
 
 
 def _step_size(before: ResidualStep, step: ResidualStep) -> float:
-    if step.added and step.added.logit_contribution is not None:
-        return abs(step.added.logit_contribution)
+    if step.contribution is not None:
+        return abs(step.contribution)
     first, second = _rank(before), _rank(step)
     return 0.0 if first is None or second is None else abs(math.log((first + 1) / (second + 1)))
 

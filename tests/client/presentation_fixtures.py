@@ -166,6 +166,7 @@ def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
     stream_only = common_pb2.LayerLevel(layer=4, level=common_pb2.LEVEL_STREAM, reason="no sum")
     coarse[0].header.limited_layers.append(stream_only)
     yield "a layer shows only its sublayers", coarse
+    yield "a whole layer has a mixer beside its sublayers", stream_of(with_mixer())
     yield "the trace begins above the first layer", stream_of(moved(5))
     yield "the target falls from the first rank and returns in a second layer", two_layers()
 

@@ -10,8 +10,10 @@ import pytest
 
 from januslens import NodeKind
 from januslens import _presentation as presentation
+from januslens.assemblers import TraceAssembler
 from januslens.results.models import Model, Provenance
-from januslens.v1 import common_pb2, models_pb2
+from januslens.v1 import common_pb2, models_pb2, trace_pb2
+from tests.client import messages
 from tests.client import presentation_fixtures as fixtures
 
 
@@ -148,6 +150,8 @@ def test_sentences_of_a_trace_match_the_fixture() -> None:
         "layer 4: residual stream only (no sum)",
     ]
     assert [step["name"] for step in coarse["residual_steps"]] == ["input", "+ mixer", "+ MLP"]
+    mixed = cases["a whole layer has a mixer beside its sublayers"]
+    assert [step["name"] for step in mixed["residual_steps"]] == ["input", "+ mixer", "+ MLP"]
     assert cases["no residual has a reading"]["sentences"][1] == (
         "No residual of this position was traced."
     )
@@ -227,3 +231,22 @@ def test_fixtures_are_plain_json() -> None:
 def test_a_model_whose_weights_are_read_is_being_checked(fraction: float, text: str) -> None:
     model = Model.from_message(models_pb2.Model(loaded_fraction=fraction))
     assert presentation.loading_step(model) == text
+
+
+def test_a_step_contributes_what_its_parts_contribute_together() -> None:
+    parallel = fixtures.without_nodes("RESIDUAL_MID")
+    both = {"L0/p1/ATTENTION_OUTPUT": 1.25, "L0/p1/MLP_OUTPUT": 1.75}
+    for edge in messages.layer().edges:
+        if edge.source == "L0/p1/ATTENTION_OUTPUT":
+            parallel.edges.add().CopyFrom(edge)
+            parallel.edges[-1].target = "L0/p1/BLOCK_OUTPUT"
+    assert added(parallel) == {"+ attention and MLP": sum(both.values())}
+    # The trace does not say what the attention adds.
+    assert added(fixtures.without_nodes("RESIDUAL_MID")) == {"+ attention and MLP": None}
+    assert added(fixtures.with_mixer()) == {"+ mixer": 1.25, "+ MLP": 1.75}
+
+
+def added(layer: trace_pb2.LayerGraph) -> dict[str, float | None]:
+    trace = fixtures.assembled(TraceAssembler(), fixtures.stream_of(layer))
+    steps = presentation.all_residual_steps(trace, 1)
+    return {step.name: step.contribution for step in steps if step.name != "input"}

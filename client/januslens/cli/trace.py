@@ -220,7 +220,7 @@ def emergence(trace: Trace, position: int, rows: int) -> Group:
             previous = ""
         else:
             label = str(line.layer)
-            reading = _reading(line.node, line.added, [target])
+            reading = _reading(line, [target])
             grid.add_row("" if label == previous else label, line.name, *reading)
             previous = label
     note = (
@@ -231,15 +231,15 @@ def emergence(trace: Trace, position: int, rows: int) -> Group:
     return section(f"{target} in the residual stream, layer by layer", grid, note)
 
 
-def _reading(node: Node, added: Part | None, sought: Sequence[Token]) -> list[Text]:
-    read = node.projection
+def _reading(step: presentation.ResidualStep, sought: Sequence[Token]) -> list[Text]:
+    read = step.node.projection
     return [
         tokens_cell(read.top_tokens[:_RESIDUAL_TOKENS], sought) if read else Text(""),
         rank_cell(read.target_rank if read else None),
         _probability_bar(read.target_probability, read.target_log_probability)
         if read
         else Text(""),
-        signed_cell(added.logit_contribution if added else None),
+        signed_cell(step.contribution),
     ]
 
 

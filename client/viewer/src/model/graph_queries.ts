@@ -29,8 +29,10 @@ export function residualSteps(graph: FlowGraph, position: number): ResidualStep[
     const mid = graph.at(layer, position, 'RESIDUAL_MID')
     const output = graph.at(layer, position, 'BLOCK_OUTPUT')
     const add = (node: GraphNode, usual: string) => {
-      const limited = graph.limited.some((level) => (level.layer ?? 0) === layer)
-      const name = limited ? addedTo(graph, node) : usual
+      const named =
+        graph.limited.some((level) => (level.layer ?? 0) === layer) ||
+        graph.partsOf(node.id).some((part) => part.node.kind === 'MIXER_OUTPUT')
+      const name = named ? addedTo(graph, node) : usual
       steps.push({ name: `+ ${name}`, place: `layer ${layer}’s ${name}`, node })
     }
     if (mid) add(mid, 'attention')
