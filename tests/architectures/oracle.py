@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,11 +104,11 @@ def attention_gradients(
     return [layer.gradients(cap) for layer in layers]
 
 
-def multipliers(case: Case) -> list[float]:
-    """What each block multiplies its sum by (Gemma 4)."""
-    text = plain(case).base_model
-    blocks = next(module for module in text.modules() if isinstance(module, nn.ModuleList))
-    return [float(getattr(block, "layer_scalar", 1.0)) for block in blocks]
+def multipliers(case: Case) -> Mapping[int, float]:
+    """What each block multiplies its sum by: 1 but in Gemma 4."""
+    modules = plain(case).base_model.modules()
+    found = [float(module.layer_scalar) for module in modules if hasattr(module, "layer_scalar")]
+    return defaultdict(lambda: 1.0, enumerate(found))
 
 
 @torch.no_grad()
@@ -341,7 +342,8 @@ def _scales_fixed() -> Iterator[None]:
 
     def fixed_pow(x: Tensor, exponent: Any) -> Tensor:
         found = power(x, exponent)
-        return found.detach() if exponent == -0.5 else found  # Gemma 4's inverse root
+        inverse_root = isinstance(exponent, float) and exponent == -0.5  # Gemma 4's norms
+        return found.detach() if inverse_root else found
 
     def fixed_rsqrt(x: Tensor) -> Tensor:
         return rsqrt(x).detach()

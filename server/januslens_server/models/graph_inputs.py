@@ -18,7 +18,7 @@ from januslens_server.capture.hooks import rows
 from januslens_server.graph.mlp import DenseMlp
 from januslens_server.graph.weights import AttentionWeights, BlockWeights
 from januslens_server.models.experts import Experts
-from januslens_server.models.views import Block, CoarseBlock, Mlp
+from januslens_server.models.views import Attention, Block, CoarseBlock, Mlp
 from januslens_server.transfer import DeviceIndex
 
 
@@ -80,7 +80,7 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
         "attention_input": attention.input,
         "query": attention.query.output,
         "key": attention.key.output,
-        "value": attention.value_norm or attention.value.output,
+        **_value_tap(attention),
         "attention_concat": attention.output.input,
         "attention_sum": attention.output.output,
     }
@@ -93,6 +93,12 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
     latent = {} if attention.latent is None else attention.latent.taps
     present = latent | {name: tap for name, tap in optional.items() if tap is not None}
     return stream | taps | block.mlp.taps | present | added
+
+
+def _value_tap(attention: Attention) -> dict[str, Tap]:
+    if attention.value_norm is None:
+        return {"value": attention.value.output}
+    return {"normed_value": attention.value_norm}  # has an axis of heads
 
 
 _SUMS = frozenset(
@@ -140,7 +146,7 @@ def kept_rows(name: str, captured: torch.Tensor, positions: DeviceIndex) -> torc
     tensor only the positions themselves are needed. Rows that are not selected are freed.
     """
     captured = _rows_of(name, captured)
-    if name not in ("key", "rotated_key", "value", "mapped_key"):
+    if name not in ("key", "rotated_key", "value", "normed_value", "mapped_key"):
         whole = len(positions.numbers) == len(captured)
         return captured if whole else captured[positions.on(captured.device)]
     part = captured[: positions.numbers[-1] + 1]
@@ -150,7 +156,7 @@ def kept_rows(name: str, captured: torch.Tensor, positions: DeviceIndex) -> torc
 
 def _rows_of(name: str, captured: torch.Tensor) -> torch.Tensor:
     """Flatten a captured tensor to `[pos, features]`; normed values have an axis of heads."""
-    return rows(captured.flatten(2) if name == "value" and captured.dim() == 4 else captured)
+    return rows(captured.flatten(2) if name == "normed_value" and captured.dim() == 4 else captured)
 
 
 def stream_activations(
@@ -209,7 +215,7 @@ def layer_activations(
     routing = None
     if isinstance(block.mlp, Experts):  # routing has no batch dimension
         routing = block.mlp.routing(named)
-    named = {name: _rows_of(name, tensor) for name, tensor in named.items()}
+    named = {name.removeprefix("normed_"): _rows_of(name, tensor) for name, tensor in named.items()}
     for name in ("query", "key", "value", "mapped_query", "mapped_key"):
         if name in named:
             heads = attention.n_heads if name.endswith("query") else attention.n_kv_heads
