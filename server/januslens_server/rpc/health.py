@@ -21,7 +21,7 @@ from januslens_server.errors import ReaderStalled, RequestCancelled
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.call import Context, address_of
 from januslens_server.rpc.options import server_options
-from januslens_server.rpc.streaming import write_within
+from januslens_server.rpc.unread import write_within
 from januslens_server.rpc.wire import WireFormat, serialized
 
 ALIVE = ""

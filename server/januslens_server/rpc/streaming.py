@@ -9,15 +9,14 @@ from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from januslens_server import telemetry
-from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
-from januslens_server.rpc.call import Call, Context
+from januslens_server.errors import CancelCheck
+from januslens_server.rpc.call import Call
 from januslens_server.rpc.encode import waiting_response
 from januslens_server.rpc.places import ENCODING
-from januslens_server.rpc.unread import Unread, UnreadStream
+from januslens_server.rpc.unread import Unread, UnreadStream, write_within
 from januslens_server.rpc.wire import serialized
 from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
@@ -152,50 +151,6 @@ class StreamMeter:
             self._any = True
             first = telemetry.FIRST_MESSAGE_SECONDS.labels(self._method)
             first.observe(time.perf_counter() - self._started)
-
-
-async def write_within(
-    context: Context,
-    message: bytes,
-    seconds: float,
-    evicted: asyncio.Future[None] | None = None,
-) -> None:
-    """Write one message of a stream.
-
-    Raises `ReaderStalled` if the caller does not take it within `seconds`, or before `evicted` is
-    done, and `RequestCancelled` if the connection breaks.
-    """
-    # `wait_for` does not work here: if a blocked write is cancelled, it raises an error of its own,
-    # which would replace the cancellation.
-    write = asyncio.ensure_future(context.write(message))
-    awaited = {write} if evicted is None else {write, evicted}
-    try:
-        finished, _ = await asyncio.wait(
-            awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-        )
-    finally:
-        write.cancel()  # has no effect on a finished write
-        write.add_done_callback(_forget)
-    if write not in finished and evicted in finished:
-        raise ReaderStalled(
-            "too many results are not read (--max-unread); the slowest streams were ended; read "
-            "faster, or request fewer layers, positions or vectors"
-        )
-    if write not in finished:
-        raise ReaderStalled(
-            f"the stream was not read for {seconds:g} s; read faster, or request fewer layers, "
-            "positions or vectors"
-        )
-    try:
-        write.result()
-    except grpc.aio.InternalError as error:
-        raise RequestCancelled("the connection to the caller was lost") from error
-
-
-def _forget(write: asyncio.Future[None]) -> None:
-    """Retrieve the result of an abandoned write, so that asyncio does not report its exception."""
-    if not write.cancelled():
-        write.exception()
 
 
 def _serialized(

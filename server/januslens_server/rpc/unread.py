@@ -14,7 +14,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from januslens_server.errors import QueueFull, readable_size
+import grpc
+
+from januslens_server.errors import QueueFull, ReaderStalled, RequestCancelled, readable_size
+from januslens_server.rpc.call import Context
 
 # Seconds for which a stream must not have been read before it is ended for its bytes.
 PATIENCE = 1.0
@@ -115,3 +118,47 @@ class Unread:
         self._looking = False
         if self._size > self._limit:
             self._end_slowest()
+
+
+async def write_within(
+    context: Context,
+    message: bytes,
+    seconds: float,
+    evicted: asyncio.Future[None] | None = None,
+) -> None:
+    """Write one message of a stream.
+
+    Raises `ReaderStalled` if the caller does not take it within `seconds`, or before `evicted` is
+    done, and `RequestCancelled` if the connection breaks.
+    """
+    # `wait_for` does not work here: if a blocked write is cancelled, it raises an error of its own,
+    # which would replace the cancellation.
+    write = asyncio.ensure_future(context.write(message))
+    awaited = {write} if evicted is None else {write, evicted}
+    try:
+        finished, _ = await asyncio.wait(
+            awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        write.cancel()  # has no effect on a finished write
+        write.add_done_callback(_forget)
+    if write not in finished and evicted in finished:
+        raise ReaderStalled(
+            "too many results are not read (--max-unread); the slowest streams were ended; read "
+            "faster, or request fewer layers, positions or vectors"
+        )
+    if write not in finished:
+        raise ReaderStalled(
+            f"the stream was not read for {seconds:g} s; read faster, or request fewer layers, "
+            "positions or vectors"
+        )
+    try:
+        write.result()
+    except grpc.aio.InternalError as error:
+        raise RequestCancelled("the connection to the caller was lost") from error
+
+
+def _forget(write: asyncio.Future[None]) -> None:
+    """Retrieve the result of an abandoned write, so that asyncio does not report its exception."""
+    if not write.cancelled():
+        write.exception()
