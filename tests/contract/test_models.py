@@ -115,14 +115,13 @@ def test_health_reports_each_model_separately(
     assert serving("")
 
 
-def test_request_must_name_the_model_if_there_are_several(
-    channel: grpc.Channel, models: dict[str, Model]
+def test_a_request_without_a_name_uses_the_only_model_that_serves(
+    stub: service_pb2_grpc.IntrospectionServiceStub, models: dict[str, Model]
 ) -> None:
-    for method, request in requests_for(""):
-        answer = refused(channel, method, request)
-        assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
-        assert answer.fields == ["model"]
-        assert all(name in answer.text for name in models)
+    assert [name for name in models if models[name].state != Model.STATE_FAILED] == ["well"]
+    assert stub.Tokenize(models_pb2.TokenizeRequest(text="x")).provenance.model == "well"
+    trace = stub.Trace(trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0]))
+    assert next(iter(trace)).header.provenance.model == "well"
 
 
 def test_pages_list_every_model_once_by_name(
