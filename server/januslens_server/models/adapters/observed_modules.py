@@ -278,6 +278,8 @@ def _candidates(calls: Sequence[_Call], block: _Call, depth: int) -> list[_Call]
     """Return the calls of modules at a `depth` that may be sublayers, without equal outputs."""
     found: list[_Call] = []
     for call in calls:
+        if call.output.dim() < 2:
+            continue
         flat = call.output.flatten(0, -2)  # some modules have no batch axis
         if flat.shape != block.output.flatten(0, -2).shape or not flat.is_floating_point():
             continue
