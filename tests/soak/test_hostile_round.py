@@ -15,6 +15,8 @@ from januslens_server.demo import model_path
 from tests.architectures.cases import Case
 from tests.hostile.test_folders import BOMBS, LENGTHS, SIZES, describe
 from tests.hostile.test_gguf_files import FILES
+from tests.loading import test_lora as loras
+from tests.loading import test_quantized as quantised_weights
 from tests.loading.folders import saved
 from tests.soak.test_hostile_peers import (
     ATTACKS,
@@ -35,6 +37,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 
 def hostile_models(root: Path) -> dict[str, Path]:
     """Return every hostile folder and GGUF file by the name of its model."""
+    root.mkdir()
     models: dict[str, Path] = {}
     for i, bomb in enumerate(BOMBS.values()):
         folder = models[f"bomb-{i}"] = healthy(root / str(i) / "model")
@@ -43,11 +46,33 @@ def hostile_models(root: Path) -> dict[str, Path]:
         folder = models[f"length-{i}"] = root / f"length-{i}"
         saved(Case(family, "plain", SIZES[family]), folder)
         describe(folder, **changes)
+    for i, (scheme, described, tensors, _) in enumerate(quantised_weights.BROKEN.values()):
+        source, _ = quantised_weights.quantised(scheme, root / f"quantised-{i}")
+        settings = quantised_weights.SCHEMES[scheme][2] | described
+        quantised_weights.describe(source, quantization_config=settings)
+        quantised_weights.change(source, **tensors)
+        models[f"quantised-{i}"] = Path(source.location)
     for i, write in enumerate(FILES.values()):
         path = models[f"gguf-{i}"] = root / f"{i}.gguf"
         write(path)
     # What is no folder with a regular config.json or regular file is refused before the start.
     return {n: m for n, m in models.items() if m.is_file() or (m / "config.json").is_file()}
+
+
+def hostile_loras(root: Path) -> dict[str, Path]:
+    """Return every hostile LoRA folder by the name of its model, for `loras.LLAMA`."""
+    root.mkdir()
+    pairs = loras.pairs_of(loras.LLAMA)
+    found = [
+        loras.write(root / f"{i}", change(pairs), **changes)
+        for i, (changes, change, _) in enumerate(loras.BROKEN.values())
+    ]
+    for bomb in (loras.fifo, loras.link, loras.gigabyte, loras.header_of_gigabytes):
+        found.append(loras.write(root / bomb.__name__, pairs))
+        weights = found[-1] / "adapter_model.safetensors"
+        weights.unlink()
+        bomb(weights)
+    return {f"lora-{folder.name}": folder for folder in found}
 
 
 @contextmanager
@@ -89,10 +114,16 @@ def endless_templates(target: Target) -> None:
 
 
 def test_one_model_serves_beside_every_hostile_one_under_a_memory_limit(tmp_path: Path) -> None:
-    hostile = hostile_models(tmp_path)
+    adapted = hostile_loras(tmp_path / "loras")
+    hostile: dict[str, object] = {
+        **hostile_models(tmp_path / "models"),
+        **{name: f"base+lora={folder}" for name, folder in adapted.items()},
+    }
     endless = healthy(tmp_path / "endless")
     describe(endless, "tokenizer_config.json", chat_template=ENDLESS)
-    sources = {"healthy": model_path(), "endless": endless, **hostile}
+    base = saved(loras.LLAMA, tmp_path / "base").location
+    serving = {"healthy": model_path(), "endless": endless, "base": base}
+    sources: dict[str, object] = {**serving, **hostile}
     flags = [part for item in sources.items() for part in ("--model", "=".join(map(str, item)))]
     limits = ("prlimit", f"--data={LIMIT}")
     with running_server(
@@ -114,7 +145,7 @@ def test_one_model_serves_beside_every_hostile_one_under_a_memory_limit(tmp_path
             models = stub.ListModels(models_pb2.ListModelsRequest()).models
         states = {model.name: model.state for model in models}
         ready, failed = models_pb2.Model.STATE_READY, models_pb2.Model.STATE_FAILED
-        assert states == {**dict.fromkeys(hostile, failed), "healthy": ready, "endless": ready}
+        assert states == {**dict.fromkeys(hostile, failed), **dict.fromkeys(serving, ready)}
         with health_checked(server.health_address) as checks, traced(target) as results:
             for attack in (*ATTACKS.values(), endless_templates):
                 attack(target)
