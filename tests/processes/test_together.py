@@ -229,18 +229,27 @@ def found_in_both(pair: Pair, model: str) -> set[str]:
     return set(states.values())
 
 
+def wait_for_both(pair: Pair, model: str, state: str) -> None:
+    deadline = time.monotonic() + 60
+    while found_in_both(pair, model) != {state}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_models_are_loaded_in_both(pair: Pair) -> None:
     pair.callers.write_text(granting(admin=True))
     reload(pair)
-    folder = str(pair.callers.parent / "demo")
+    folder, broken = (pair.callers.parent / name for name in ("demo", "broken"))
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
     with pair.client() as client:
-        assert client.load_model("copy", folder).state == "LOADING"
+        client.load_model("copy", str(broken))
+        wait_for_both(pair, "copy", "STATE_FAILED")
+        # A model that does not serve can be loaded from elsewhere.
+        assert client.load_model("copy", str(folder)).state == "LOADING"
         assert "NONE" not in found_in_both(pair, "copy")
         assert health(pair, "januslens.ready") == [SERVING]
-        deadline = time.monotonic() + 60
-        while found_in_both(pair, "copy") != {"STATE_READY"}:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for_both(pair, "copy", "STATE_READY")
     assert health(pair, "copy") == [SERVING]
 
 

@@ -195,7 +195,8 @@ class ProcessGroup:
             name, locations = name_of(change), self._locations or {}
             children = [child for child in self._children.values() if child.serves]
             if isinstance(change, Load):
-                if locations.get(name, change.location) != change.location:
+                serves = (self._models or {}).get(name, False)
+                if serves and locations.get(name, change.location) != change.location:
                     return  # another process was asked for another model of this name before
                 locations[name] = change.location
                 for child in children:
