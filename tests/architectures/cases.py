@@ -534,7 +534,37 @@ COMBINED = tuple(
         ("youtu", LATENT_WIDTHS | {"attention_bias": True}),
     )
 )
-READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT + LLAMA4 + GEMMA4 + COMBINED
+# A state-space mixer beside attention, and a multiplier for each map and each sublayer.
+FALCON_H1 = (
+    Case(
+        "falcon_h1",
+        "mixer beside attention, multipliers",
+        {
+            "num_key_value_heads": 2,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 4,
+            "attention_in_multiplier": 0.9,
+            "attention_out_multiplier": 0.6,
+            "key_multiplier": 0.7,
+            "ssm_in_multiplier": 1.3,
+            "ssm_out_multiplier": 0.3,
+            "ssm_multipliers": [0.8, 1.1, 0.75, 0.65, 1.2],
+            "mlp_multipliers": [1.4, 0.55],
+            "embedding_multiplier": 2.2,
+            "lm_head_multiplier": 0.45,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "projectors_bias": True,
+        },
+        length=8,
+    ),
+)
+READ_BY_STRUCTURE = (
+    WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT + LLAMA4 + GEMMA4 + FALCON_H1 + COMBINED
+)
 MEASURED = CASES + MIXTURES + READ_BY_STRUCTURE
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
 

@@ -284,10 +284,6 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
         (Case("bloom", "slices", {"slow_but_exact": True, "pretraining_tp": 2}), "slow_but_exact"),
         (Case("opt", "no final norm", {"_remove_final_layer_norm": True}), "final norm"),
         (Case("diffllama", "differential", {}), "reproduce the attention of layer 0"),
-        (
-            FALCON_H1,
-            "expected query, key, value",
-        ),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )

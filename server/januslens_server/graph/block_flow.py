@@ -100,6 +100,16 @@ def block_flow(
     )
     attended = _add_sublayer(flow, source, residual, attention)
     terms: Terms = [(source, residual), (attended, attention.added[rows].float())]
+
+    def mixed() -> Terms:
+        if acts.mixer_output is None:
+            return []
+        vectors = acts.mixer_output[rows].float()
+        inside = flow.toward(gradients.get("mixer_output"))
+        return [(inside.states(NodeKind.MIXER_OUTPUT, vectors), vectors)]
+
+    if not weights.mixer_after_mid:
+        terms += mixed()
     if acts.residual_mid is not None:
         middle = acts.residual_mid[rows].float()
         inside = flow.toward(gradients.get("residual_mid"))
@@ -119,10 +129,8 @@ def block_flow(
         added_gradients=gradients.get("mlp_output"),
     )
     terms.append((_add_sublayer(flow, source, residual, mlp), mlp.added[rows].float()))
-    if acts.mixer_output is not None:
-        beside = acts.mixer_output[rows].float()
-        inside = flow.toward(gradients.get("mixer_output"))
-        terms.append((inside.states(NodeKind.MIXER_OUTPUT, beside), beside))
+    if weights.mixer_after_mid:
+        terms += mixed()
     whole = outside.toward(gradients.get("block_output"))
     _add_sum(whole, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced, weights.multiplier)
     return outside.build()

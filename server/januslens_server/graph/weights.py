@@ -247,15 +247,20 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Clipping to `[-clip, clip]`, a norm, and clipping to `clip_after`; each may be None."""
+    """Clipping to `[-clip, clip]`, a norm, clipping to `clip_after`, and a multiplier.
+
+    All but the multiplier (Falcon-H1) may be None.
+    """
 
     clip: float | None = None
     norm: HeadNorm | None = None
     clip_after: float | None = None
+    multiplier: float = 1.0
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """Map the results of the linear map `[pos, heads, d_head]` to the input of the rotation."""
-        return _clipped(self._normed(_clipped(vectors, self.clip)), self.clip_after)
+        mapped = _clipped(self._normed(_clipped(vectors, self.clip)), self.clip_after)
+        return mapped if self.multiplier == 1.0 else mapped * self.multiplier
 
     def pull_back(self, directions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Return J^T direction, where J is the map's linear part at `at`.
@@ -264,6 +269,7 @@ class HeadMap:
         depend on the input, so they become 0.
         """
         inside = _clipped(at, self.clip)
+        directions = directions if self.multiplier == 1.0 else directions * self.multiplier
         directions = _without_clipped(directions, self._normed(inside), self.clip_after)
         if self.norm is not None:
             directions = self.norm.pull_back(directions, inside)
@@ -361,7 +367,8 @@ class MlpWeights(Protocol):
 class BlockWeights:
     """The weights of one block, and whether a norm precedes attention and MLP.
 
-    `multiplier` is that of the sum that the block returns.
+    `multiplier` is that of the sum that the block returns. `mixer_after_mid` says whether other
+    sublayers read the residual between attention and MLP, or the block's input.
     """
 
     attention: AttentionWeights
@@ -369,3 +376,4 @@ class BlockWeights:
     attention_prenorm: bool
     mlp_prenorm: bool
     multiplier: float = 1.0
+    mixer_after_mid: bool = True

@@ -50,6 +50,7 @@ def block_weights(block: Block) -> BlockWeights:
         attention_prenorm=block.attention_prenorm,
         mlp_prenorm=block.mlp_prenorm,
         multiplier=block.multiplier,
+        mixer_after_mid=all(each.after_mid for each in block.beside),
     )
 
 

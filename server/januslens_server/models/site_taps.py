@@ -119,7 +119,7 @@ def _query_or_key(attention: Attention, linear: Linear) -> SiteTap:
     norm = attention.query_norm if is_query else attention.key_norm
     mapped = attention.query_map if is_query else attention.key_map
     clip = mapped.clip if norm is None else mapped.clip_after
-    return SiteTap(norm or linear.output, _heads(attention, linear), clip)
+    return SiteTap(norm or linear.output, _heads(attention, linear), clip, mapped.multiplier)
 
 
 def _heads(attention: Attention, linear: Linear) -> tuple[int, int]:

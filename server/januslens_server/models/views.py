@@ -221,9 +221,10 @@ class Block:
 
     `residual_mid` is the tap of the residual between attention and MLP, or None if they are
     parallel. Without a pre-norm, a sublayer reads the residual itself. `beside` are sublayers that
-    are neither attention nor MLP and read a residual after them; they are shown as one node.
-    The block returns `multiplier` times the sum of its input and its parts (Gemma 4). `maps` are
-    the linear maps by the names of their modules, in the order of the pass.
+    are neither attention nor MLP, shown as one node: all of them read the block's input, as
+    attention does (Falcon-H1), or a residual after the MLP (Gemma 4). The block returns
+    `multiplier` times the sum of its input and its parts (Gemma 4). `maps` are the linear maps by
+    the names of their modules, in the order of the pass.
     """
 
     module: nn.Module
@@ -459,6 +460,8 @@ def _unused_parts(network: PreTrainedModel, view: ModelView) -> set[int]:
 
 def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the block's parameters, with their names, that no part of it includes."""
+    modules = [block.module.get_submodule(sublayer.name) for sublayer in block.beside]
+    shown = {parameter for module in modules for parameter in module.parameters()}
     matrices = [m for m in block.mlp.matrices.values() if isinstance(m, Linear)]
     matrices += block.attention.linears
     matrices += [each for sublayer in block.beside for each in sublayer.maps]
@@ -472,6 +475,8 @@ def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
+            if parameter in shown:
+                continue
             if name == "sinks" and block.attention.scoring.sinks is not None:
                 continue
             if experts is not None and _of_experts(experts, module, name, parameter):

@@ -177,8 +177,13 @@ class AttentionFinder:
         """Map the norms of queries and keys.
 
         Norms that do not read what a linear map returned must be RMSNorms without a bias; they are
-        those after the rotation.
+        those after the rotation. Falcon-H1 multiplies keys by a number.
         """
+        multiplier = float(getattr(self.owner, "key_multiplier", 1.0))
+        found = self._norms(d_head)
+        return replace(found, key_map=replace(found.key_map, multiplier=multiplier))
+
+    def _norms(self, d_head: int) -> QueryKeyNorms:
         if self.latent:
             return QueryKeyNorms(HeadMap(), HeadMap())
         inside = [call for call in self._calls if is_norm(call.module) and self._owns(call.module)]

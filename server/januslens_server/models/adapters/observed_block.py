@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,7 +22,12 @@ from januslens_server.models.adapters.observed_mlp import (
     linear,
     with_shared_outside,
 )
-from januslens_server.models.adapters.observed_modules import multipliers
+from januslens_server.models.adapters.observed_modules import (
+    FACTOR,
+    is_multiple,
+    kind_of_mixer,
+    multipliers,
+)
 from januslens_server.models.adapters.observed_pass import (
     ModuleCall,
     ObservedPass,
@@ -30,6 +35,8 @@ from januslens_server.models.adapters.observed_pass import (
     is_norm,
     read_norm,
     same_memory,
+    scales,
+    solved_factors,
 )
 from januslens_server.models.views import Attention, Block, Sublayer
 from januslens_server.results import SublayerKind
@@ -59,11 +66,13 @@ class BlockFinder:
         """
         self._name = name
         self._module = module
+        self._known_factors = scales(config)
         self._calls = observed.inside(name)
         block = observed.of(module)
         if block is None:
             raise ModelFailed(f"{name} is not called in a forward pass")
         self._input, self._output = block.input, block.output
+        self._mixers = self._mixers_beside_attention()
         self._attention, self._mlp, self._others = self._split(config)
 
     def block(
@@ -79,43 +88,75 @@ class BlockFinder:
             mlp_norm is not None and same_memory(mlp_norm.input, self._input)
         )
         reader = self._mlp.reader if mlp_norm is None else mlp_norm.module
-        finish, added = self._finish(settings, self._mlp.result)
+        multiplier = self._multiplier()
+        of_attention, of_mlp, *of_beside = self._factors(settings, multiplier)
+        finish, added = self._finish(of_mlp, self._mlp.result)
         return Block(
             module=self._module,
-            attention=self._read_attention(settings, rotation, layout),
+            attention=self._read_attention(settings, of_attention, rotation, layout),
             mlp=replace(self._mlp.parts, finish=finish, added=added),
             residual_mid=None if parallel else Tap(reader, End.INPUT),
             attention_prenorm=attention_norm is not None,
             mlp_prenorm=mlp_norm is not None,
-            beside=self._beside(),
-            multiplier=self._multiplier(),
+            beside=self._beside(of_beside),
+            multiplier=multiplier,
         )
 
-    def _beside(self) -> tuple[Sublayer, ...]:
-        """Map the other linear maps as one sublayer, which adds the result of the last of them."""
-        if not self._others:
-            return ()
-        last = self._others[-1]
-        output = self._behind(last) or last
-        return (
-            Sublayer(
-                name=last.name.removeprefix(f"{self._name}."),
-                kind=SublayerKind.OTHER,
-                output=Tap(output.module, End.OUTPUT, overwritten=output.overwritten),
-                after_mid=True,
-                maps=tuple(linear(call) for call in self._others),
-            ),
-        )
+    def _beside(self, factors: Sequence[float]) -> tuple[Sublayer, ...]:
+        """Map mixers beside attention, and other linear maps as one sublayer after the MLP.
+
+        The latter adds the result of the last of its maps. `factors` are those of what they add.
+        """
+        sublayers = []
+        for call, factor in zip(self._added()[2:], factors, strict=True):
+            mixes = call in self._mixers
+            sublayers.append(
+                Sublayer(
+                    name=call.name.removeprefix(f"{self._name}."),
+                    kind=kind_of_mixer(call.module) if mixes else SublayerKind.OTHER,
+                    output=self._tap_behind(call),
+                    multiplier=factor,
+                    after_mid=not mixes,
+                    maps=() if mixes else tuple(linear(each) for each in self._others),
+                )
+            )
+        return tuple(sublayers)
+
+    def _added(self) -> list[ModuleCall]:
+        """Return the calls that give what attention, the MLP and other sublayers add."""
+        return [self._attention.result, self._mlp.result, *self._mixers, *self._others[-1:]]
+
+    def _columns(self) -> torch.Tensor:
+        """Return what each sublayer adds, behind a post-norm if it has one `[pos d_model, n]`."""
+        added = [(self._behind(call) or call).given.flatten() for call in self._added()]
+        return torch.stack([vectors.double() for vectors in added], dim=1)
 
     def _multiplier(self) -> float:
         """Return what multiplies the sum that the block returns, a number among its tensors."""
         candidates = multipliers(self._module)
         if len(candidates) == 1:
             return candidates[0]
-        results = [self._attention.result, self._mlp.result, *self._others[-1:]]
-        added = [(self._behind(call) or call).given.reshape(self._input.shape) for call in results]
-        whole = self._input.float() + torch.stack(added).float().sum(0)
-        return min(candidates, key=lambda number: difference(number * whole, self._output))
+        whole = self._input.flatten() + self._columns().sum(1)
+        return min(
+            candidates, key=lambda number: difference(number * whole, self._output.flatten())
+        )
+
+    def _factors(self, settings: BlockSettings, multiplier: float) -> list[float]:
+        """Return the factor of what each sublayer adds.
+
+        It is the model's residual multiplier, unless factors of the configuration give what the
+        block adds and that one does not.
+        """
+        calls = self._added()
+        usual = [1.0 if self._behind(call) else settings.residual_multiplier for call in calls]
+        if not self._mixers:
+            return usual
+        columns, data_type = self._columns(), self._output.dtype
+        added = (self._output.double() / multiplier - self._input.double()).flatten()
+        if not (added.isfinite().all() and columns.isfinite().all()):  # the self-check says why
+            return usual
+        solved = solved_factors(added, columns, self._known_factors, FACTOR[data_type])
+        return [own if found is None else found for own, found in zip(usual, solved, strict=True)]
 
     def d_head(self, settings: BlockSettings) -> int:
         """Return the width of a head."""
@@ -131,9 +172,12 @@ class BlockFinder:
         """Split the linear maps into those of attention, those of the MLP, and others.
 
         Attention comes first. Its maps are in one module, or they are the first four. If others
-        follow the MLP, its maps are in one module.
+        follow the MLP, its maps are in one module. Those of mixers beside attention are left out.
         """
-        linears = [call for call in self._calls if is_linear(call)]
+        mixers = [mixer.name for mixer in self._mixers]
+        linears = [
+            call for call in self._calls if is_linear(call) and self._child(call) not in mixers
+        ]
         experts = find_experts(self._name, self._calls, config)
         others: list[ModuleCall] = []
         if experts is None:
@@ -163,9 +207,30 @@ class BlockFinder:
             experts = with_shared_outside(experts, rest, self._calls, config)
         return found_attention, experts or dense_mlp(rest, self._calls, config), others
 
+    def _mixers_beside_attention(self) -> list[ModuleCall]:
+        """Return the calls of children that mix positions in another way than attention.
+
+        In a block without attention, there are none beside it.
+        """
+        names = {self._child(call) for call in self._calls if is_linear(call)}
+        children = [call for call in self._calls if call.name in names and not is_linear(call)]
+        kinds = [kind_of_mixer(call.module) for call in children]
+        if SublayerKind.ATTENTION not in kinds:
+            return []
+        return [
+            call
+            for call, kind in zip(children, kinds, strict=True)
+            if kind not in {SublayerKind.ATTENTION, SublayerKind.OTHER}
+        ]
+
+    def _child(self, call: ModuleCall) -> str:
+        """Return the name of the block's child that contains a module."""
+        return f"{self._name}.{call.name.removeprefix(f'{self._name}.').split('.')[0]}"
+
     def _read_attention(
         self,
         settings: BlockSettings,
+        factor: float,
         rotation: Callable[[int], Rotation] | None,
         layout: int,
     ) -> Attention:
@@ -173,7 +238,7 @@ class BlockFinder:
         maps = found.layouts(settings.n_heads)[layout]
         d_head = found.d_head(settings.n_heads)
         norms = found.norms(d_head)
-        finish, added = self._finish(settings, found.result)
+        finish, added = self._finish(factor, found.result)
         return Attention(
             query=maps.query,
             key=maps.key,
@@ -203,16 +268,17 @@ class BlockFinder:
             added=added,
         )
 
-    def _finish(
-        self, settings: BlockSettings, result: ModuleCall
-    ) -> tuple[Finish | None, Tap | None]:
-        """Map a norm that reads a sublayer's result, or the model's residual multiplier."""
+    def _finish(self, factor: float, result: ModuleCall) -> tuple[Finish | None, Tap | None]:
+        """Map a norm that reads a sublayer's result, or the factor of what it adds."""
         norm = self._behind(result)
         if norm is not None:
             return Finish(norm=read_norm(norm)), Tap(norm.module, End.OUTPUT)
-        if settings.residual_multiplier != 1.0:
-            return Finish(multiplier=settings.residual_multiplier), None
-        return None, None
+        return (None if factor == 1.0 else Finish(multiplier=factor)), None
+
+    def _tap_behind(self, result: ModuleCall) -> Tap:
+        """Return the tap of a sublayer's result, behind a norm if one reads it."""
+        output = self._behind(result) or result
+        return Tap(output.module, End.OUTPUT, overwritten=output.overwritten)
 
     def _behind(self, result: ModuleCall) -> ModuleCall | None:
         """Return the call of a norm that reads a sublayer's result, or None."""
@@ -222,7 +288,12 @@ class BlockFinder:
         return None
 
     def _norm_giving(self, tensor: torch.Tensor) -> ModuleCall | None:
-        return next((e for e in self._norms() if same_memory(e.output, tensor)), None)
+        """Return the call of the norm that gives a tensor, or a multiple of it (Falcon-H1)."""
+        norms = self._norms()
+        given = next((norm for norm in norms if same_memory(norm.output, tensor)), None)
+        if given is None and self._mixers:
+            given = next((norm for norm in norms if is_multiple(tensor, norm.output)), None)
+        return given
 
     def _norms(self) -> list[ModuleCall]:
         return [call for call in self._calls if is_norm(call.module)]

@@ -293,11 +293,11 @@ def _gated(
     """
     neurons = rows(maps[-1].input)
     errors: list[tuple[float, _Gated]] = []
-    functions = list(_activations(calls, config))
+    functions, factors = list(_activations(calls, config)), scales(config)
     for gate, up in _pairs(maps):
         gates, ups = (select(rows(call.output), own.columns).float() for call, own in (gate, up))
-        for function in functions:
-            candidate = _Gated(gate[1], up[1], _times(function))
+        for function, factor in product(functions, factors):
+            candidate = _Gated(gate[1], up[1], _times(function, factor))
             errors.append((difference(candidate.activation(gates, ups), neurons), candidate))
     names = " and ".join(call.name for call in maps[:-1])
     if not errors:
@@ -335,9 +335,9 @@ def _activations(calls: Sequence[ModuleCall], config: PreTrainedConfig) -> Itera
             yield ACT2FN[name]
 
 
-def _times(function: nn.Module) -> Activation:
+def _times(function: nn.Module, factor: float = 1.0) -> Activation:
     def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        neurons: torch.Tensor = function(gate) * up
+        neurons: torch.Tensor = function(gate if factor == 1.0 else gate * factor) * up
         return neurons
 
     return activation

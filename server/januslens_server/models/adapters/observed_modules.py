@@ -27,6 +27,7 @@ from januslens_server.models.adapters.observed_pass import (
     is_norm,
     observed_ids,
     scales,
+    solved_factors,
 )
 from januslens_server.models.matrices import Linear, ModuleMap
 from januslens_server.models.vetting import check_facts
@@ -239,7 +240,7 @@ def _linear_maps(
     states = [block.input, *(_after(block, terms[:count]) for count in range(1, len(terms)))]
     norms = [call for call in calls if is_norm(call.module)]
     states += [
-        call.output for call in norms if any(_is_multiple(call.input, each) for each in states)
+        call.output for call in norms if any(is_multiple(call.input, each) for each in states)
     ]
     added = [call.output for call, _ in terms]
     added += [_source(call, calls).output for call, _ in terms]
@@ -252,9 +253,9 @@ def _linear_maps(
         if not once or not whole or id(call.module.weight) in shared:
             continue
         side = None
-        if any(_is_multiple(call.input, state) for state in states):
+        if any(is_multiple(call.input, state) for state in states):
             side = Side.INPUT
-        elif any(_is_multiple(call.output, each) for each in added):
+        elif any(is_multiple(call.output, each) for each in added):
             side = Side.VJP
         linear = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
         found[call.name] = ModuleMap(linear, side)
@@ -265,7 +266,7 @@ def _linear_maps(
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 
 
-def _is_multiple(one: torch.Tensor, other: torch.Tensor) -> bool:
+def is_multiple(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a tensor is another one times a number, apart from its shape and rounding."""
     if one.shape[-1] != other.shape[-1] or one.numel() != other.numel():
         return False
@@ -309,18 +310,14 @@ def _terms(
     columns = torch.stack([call.output.double().flatten().cpu() for call in candidates], dim=1)
     if not (added.isfinite().all() and columns.isfinite().all()):  # the self-check says why
         return []
-    sizes = columns.norm(dim=0)
-    unit = columns / sizes
-    # The normal equations: there are a few columns, and thousands of rows.
-    solved = torch.linalg.pinv(unit.T @ unit, hermitian=True) @ (unit.T @ added) / sizes
     data_type = block.output.dtype
     terms: _Terms = []
-    rest, known = added, _factors(config)
-    for i, (call, factor) in enumerate(zip(candidates, solved.tolist(), strict=True)):
-        near = min(known, key=lambda each: abs(each - factor))
-        if abs(near - factor) <= FACTOR[data_type] * near:
-            terms.append((call, near))
-            rest = rest - near * columns[:, i]
+    rest = added
+    factors = solved_factors(added, columns, _factors(config), FACTOR[data_type])
+    for i, (call, factor) in enumerate(zip(candidates, factors, strict=True)):
+        if factor is not None:
+            terms.append((call, factor))
+            rest = rest - factor * columns[:, i]
     sizes_of = (float(each.double().norm()) for each in (block.input, block.output / multiplier))
     stream = max(sizes_of)
     bound = min(SUM[data_type] * stream, 0.1 * float(added.norm()))
@@ -378,8 +375,14 @@ def _kind(call: _Call) -> SublayerKind:
         names = (own.lower() for own, _ in call.module.named_modules())
         experts = any("expert" in own for own in names)
         return SublayerKind.EXPERTS if experts else SublayerKind.MLP
-    if {"A_log", "D"} <= {name for name, _ in mixer.named_parameters(recurse=False)}:
+    return kind_of_mixer(mixer)
+
+
+def kind_of_mixer(module: nn.Module) -> SublayerKind:
+    """Return what mixes positions in a module, by its parameters or its class; else OTHER."""
+    if {"A_log", "D"} <= {name for name, _ in module.named_parameters(recurse=False)}:
         return SublayerKind.STATE_SPACE
+    name = type(module).__name__.lower()
     return next((kind for word, kind in MIXERS if word in name), SublayerKind.OTHER)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -112,10 +112,30 @@ def scales(config: PreTrainedConfig) -> list[float]:
     """List 1 and the factors in a configuration with their inverses; families name them freely."""
     found = [1.0]
     for name, value in config.to_dict().items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if number and any(word in name for word in ("scal", "multiplier")):
-            found += [float(value), 1 / float(value)]
+        if any(word in name for word in ("scal", "multiplier")):
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if type(number) in {int, float} and number > 0:
+                    found += [float(number), 1 / float(number)]
     return list(dict.fromkeys(found))
+
+
+def solved_factors(
+    added: torch.Tensor, columns: torch.Tensor, known: Sequence[float], tolerance: float
+) -> list[float | None]:
+    """Solve `columns factors = added` by least squares; return the `known` number nearest to each.
+
+    `added` is `[n]`, `columns` `[n, k]`, both in float64 and finite. A factor is None if no known
+    number is within `tolerance` of it, relative to that number.
+    """
+    sizes = columns.norm(dim=0)
+    unit = columns / sizes
+    # The normal equations: there are a few columns, and thousands of rows.
+    solved = torch.linalg.pinv(unit.T @ unit, hermitian=True) @ (unit.T @ added) / sizes
+    found = []
+    for factor in solved.tolist():
+        near = min(known, key=lambda number: abs(number - factor))
+        found.append(near if abs(near - factor) <= tolerance * near else None)
+    return found
 
 
 def read_norm(call: ModuleCall) -> Norm:
