@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from enum import IntEnum
 from functools import cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from januslens.v1 import (
     trace_pb2,
 )
 from januslens_server.errors import InvalidRequest
+from januslens_server.pipelines.inputs import MAX_SUPPRESSED
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.specs import (
     ActivationsSpec,
@@ -84,6 +86,10 @@ _TENSOR_TYPES: dict[int, str] = {
 Kind = TypeVar("Kind", bound=IntEnum)
 Lensed = trace_pb2.TraceRequest | gradient_lens_pb2.GradientLensRequest | lens_pb2.ProjectRequest
 
+# Maximum number of token ids in a list, and how many are converted at a time. A model's context is
+# usually smaller: functions that decode a request refuse lists longer than `context`.
+MAX_IDS, IDS_AT_ONCE = 2**18, 4096
+
 # Maximum number of tokens per end of a projection, so that a node fits into a message.
 MAX_TOKENS = 1000
 
@@ -98,11 +104,11 @@ NEURONS = 20
 MAX_NEURONS = 1000
 
 
-def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
+def trace_spec(request: trace_pb2.TraceRequest, context: int = MAX_IDS) -> TraceSpec:
     """Decode a Trace request. Raises `InvalidRequest` for invalid fields."""
     return TraceSpec(
-        prompt=_input(request.input),
-        target=_target(request.target, "target") if request.HasField("target") else None,
+        prompt=_input(request.input, context),
+        target=_target(request.target, "target", context) if request.HasField("target") else None,
         layers=tuple(request.layers),
         positions=tuple(request.positions),
         all_positions=request.all_positions,
@@ -114,12 +120,12 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         overlap_k=_tokens(request.overlap_k, "overlap_k"),
         include_checks=request.include_checks,
         include_projections=_projects(request),
-        interventions=_interventions(request.interventions),
-        other=_target(request.other, "other") if request.HasField("other") else None,
+        interventions=_interventions(request.interventions, context),
+        other=_target(request.other, "other", context) if request.HasField("other") else None,
         include_attribution=request.include_attribution,
         include_gradients=request.include_gradients,
         targets_at=tuple(
-            (found.position, _target(found.target, f"targets_at[{i}].target"))
+            (found.position, _target(found.target, f"targets_at[{i}].target", context))
             for i, found in enumerate(request.targets_at)
         ),
         next_token_targets=request.next_token_targets,
@@ -146,13 +152,15 @@ def _projects(request: trace_pb2.TraceRequest) -> bool:
     return request.include_projections
 
 
-def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> GradientLensSpec:
+def gradient_lens_spec(
+    request: gradient_lens_pb2.GradientLensRequest, context: int = MAX_IDS
+) -> GradientLensSpec:
     """Decode a GradientLens request. Raises `InvalidRequest` for invalid fields."""
     defaults = GradientLensSpec("", NegativeLogLikelihood(""))
     components = request.components if request.HasField("components") else defaults.components
     return GradientLensSpec(
-        prompt=_input(request.input),
-        loss=_loss(request),
+        prompt=_input(request.input, context),
+        loss=_loss(request, context),
         matrices=tuple(_enums(MatrixKind, request.matrices, "matrices")),
         layers=tuple(request.layers),
         lens=_lens(request),
@@ -163,27 +171,29 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         subject=_subject(request.subject) if request.HasField("subject") else None,
         include_factors=request.include_factors,
         verify=request.verify,
-        interventions=_interventions(request.interventions),
+        interventions=_interventions(request.interventions, context),
         include_attention_gradients=request.include_attention_gradients,
         modules=tuple(request.modules),
     )
 
 
-def activations_spec(request: activations_pb2.ActivationsRequest) -> ActivationsSpec:
+def activations_spec(
+    request: activations_pb2.ActivationsRequest, context: int = MAX_IDS
+) -> ActivationsSpec:
     """Decode an Activations request. Raises `InvalidRequest` for invalid fields."""
     if request.data_type not in (common_pb2.DATA_TYPE_UNSPECIFIED, common_pb2.DATA_TYPE_FLOAT32):
         raise InvalidRequest(
             "data_type", "unsupported data type; expected FLOAT32, or none for the model's own"
         )
     return ActivationsSpec(
-        prompt=_input(request.input),
+        prompt=_input(request.input, context),
         sites=tuple(_enums(Site, request.sites, "sites")),
         layers=tuple(request.layers),
         positions=tuple(request.positions),
         heads=tuple(request.heads),
         float32=request.data_type == common_pb2.DATA_TYPE_FLOAT32,
         experts=tuple(request.experts),
-        interventions=_interventions(request.interventions),
+        interventions=_interventions(request.interventions, context),
     )
 
 
@@ -193,7 +203,7 @@ MAX_STOP_BYTES = 1024
 MAX_READ = 100
 
 
-def generate_spec(request: generation_pb2.GenerateRequest) -> GenerateSpec:
+def generate_spec(request: generation_pb2.GenerateRequest, context: int = MAX_IDS) -> GenerateSpec:
     """Raise `InvalidRequest` with the field of an invalid value."""
     defaults = GenerateSpec("")
     count = request.max_new_tokens if request.HasField("max_new_tokens") else None
@@ -206,13 +216,13 @@ def generate_spec(request: generation_pb2.GenerateRequest) -> GenerateSpec:
                 f"invalid text of {length} bytes; expected 1 to {MAX_STOP_BYTES} bytes",
             )
     return GenerateSpec(
-        prompt=_input(request.input),
+        prompt=_input(request.input, context),
         max_new_tokens=count or defaults.max_new_tokens,
         sampling=_sampling(request.sampling),
         stop=tuple(request.stop),
         top_k=_tokens(request.top_k, "top_k") if request.HasField("top_k") else defaults.top_k,
         reading=_reading(request.reading) if request.HasField("reading") else None,
-        interventions=_interventions(request.interventions),
+        interventions=_interventions(request.interventions, context),
     )
 
 
@@ -238,32 +248,35 @@ def _reading(message: generation_pb2.LayerReading) -> LayerReading:
     return LayerReading(tuple(message.layers), top_k)
 
 
-def intervene_spec(request: intervene_pb2.InterveneRequest) -> InterveneSpec:
+def intervene_spec(
+    request: intervene_pb2.InterveneRequest, context: int = MAX_IDS
+) -> InterveneSpec:
     """Decode an Intervene request. Raises `InvalidRequest` for invalid fields."""
     top_k = request.top_k if request.HasField("top_k") else 5
     if top_k > MAX_READ:
         raise InvalidRequest("top_k", f"too many tokens: expected at most {MAX_READ}, got {top_k}")
     experiments = (
         ExperimentSpec(
-            message.label, _interventions(message.interventions, f"experiments[{i}].interventions")
+            message.label,
+            _interventions(message.interventions, context, f"experiments[{i}].interventions"),
         )
         for i, message in enumerate(request.experiments)
     )
     return InterveneSpec(
-        prompt=_input(request.input),
-        target=_target(request.target, "target") if request.HasField("target") else None,
-        other=_target(request.other, "other") if request.HasField("other") else None,
+        prompt=_input(request.input, context),
+        target=_target(request.target, "target", context) if request.HasField("target") else None,
+        other=_target(request.other, "other", context) if request.HasField("other") else None,
         experiments=tuple(experiments),
-        sweep=_sweep(request.sweep) if request.HasField("sweep") else None,
-        always=_interventions(request.always, "always"),
+        sweep=_sweep(request.sweep, context) if request.HasField("sweep") else None,
+        always=_interventions(request.always, context, "always"),
         positions=tuple(request.positions),
         top_k=top_k,
     )
 
 
-def _sweep(message: intervene_pb2.Sweep) -> SweepSpec:
+def _sweep(message: intervene_pb2.Sweep, context: int) -> SweepSpec:
     return SweepSpec(
-        template=_intervention(message.template, "sweep.template"),
+        template=_intervention(message.template, "sweep.template", context),
         by_layer=message.by_layer,
         by_position=message.by_position,
         by_unit=message.by_head or message.by_neuron,
@@ -273,15 +286,19 @@ def _sweep(message: intervene_pb2.Sweep) -> SweepSpec:
 
 
 def _interventions(
-    messages: Iterable[interventions_pb2.Intervention], field: str = "interventions"
+    messages: Iterable[interventions_pb2.Intervention], context: int, field: str = "interventions"
 ) -> tuple[InterventionSpec, ...]:
-    return tuple(_intervention(message, f"{field}[{i}]") for i, message in enumerate(messages))
+    return tuple(
+        _intervention(message, f"{field}[{i}]", context) for i, message in enumerate(messages)
+    )
 
 
-def _intervention(message: interventions_pb2.Intervention, field: str) -> InterventionSpec:
+def _intervention(
+    message: interventions_pb2.Intervention, field: str, context: int
+) -> InterventionSpec:
     return InterventionSpec(
         site=_enum(Site, message.site, f"{field}.site"),
-        operation=_operation(message, field),
+        operation=_operation(message, field, context),
         layers=tuple(message.layers),
         positions=tuple(message.positions),
         heads=tuple(message.heads),
@@ -291,7 +308,7 @@ def _intervention(message: interventions_pb2.Intervention, field: str) -> Interv
     )
 
 
-def _operation(message: interventions_pb2.Intervention, field: str) -> Operation:
+def _operation(message: interventions_pb2.Intervention, field: str, context: int) -> Operation:
     which = message.WhichOneof("operation")
     operation: Operation
     match which:
@@ -311,12 +328,14 @@ def _operation(message: interventions_pb2.Intervention, field: str) -> Operation
                 _finite(coefficient, f"{field}.add.coefficient"),
             )
         case "patch":
-            prompt = _input(message.patch.input, f"{field}.patch.input")
+            prompt = _input(message.patch.input, context, f"{field}.patch.input")
             operation = PatchFrom(prompt, tuple(message.patch.positions))
         case "mean_over":
             inputs = f"{field}.mean_over.inputs"
             prompts = enumerate(message.mean_over.inputs)
-            operation = MeanOver(tuple(_input(prompt, f"{inputs}[{i}]") for i, prompt in prompts))
+            operation = MeanOver(
+                tuple(_input(prompt, context, f"{inputs}[{i}]") for i, prompt in prompts)
+            )
         case "noise":
             deviation = f"{field}.noise.standard_deviation"
             if _finite(message.noise.standard_deviation, deviation) < 0:
@@ -345,7 +364,7 @@ def _values(tensor: common_pb2.Tensor, field: str) -> Vectors:
     return values
 
 
-def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
+def project_spec(request: lens_pb2.ProjectRequest, context: int = MAX_IDS) -> ProjectSpec:
     """Decode a Project request. Raises `InvalidRequest` for invalid fields."""
     vectors, lens = _matrix(request.vectors), _lens(request)
     listed = len(vectors) * (lens.top_k + lens.bottom_k)
@@ -357,7 +376,7 @@ def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
     return ProjectSpec(
         vectors=vectors,
         lens=lens,
-        target=_target(request.target, "target") if request.HasField("target") else None,
+        target=_target(request.target, "target", context) if request.HasField("target") else None,
     )
 
 
@@ -399,25 +418,31 @@ def _tensor(tensor: common_pb2.Tensor, field: str) -> Vectors:
     return values.astype(np.float32)
 
 
-def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
+def preview_edit_spec(
+    request: edits_pb2.PreviewEditRequest, context: int = MAX_IDS
+) -> PreviewEditSpec:
     """Decode a PreviewEdit request. Raises `InvalidRequest` for invalid fields."""
     return PreviewEditSpec(
-        prompt=_input(request.input),
-        target=_target(request.target, "target"),
+        prompt=_input(request.input, context),
+        target=_target(request.target, "target", context),
         edit=_edit(request),
-        probes=tuple(_probe(probe, f"probes[{i}]") for i, probe in enumerate(request.probes)),
-        interventions=_interventions(request.interventions),
+        probes=tuple(
+            _probe(probe, f"probes[{i}]", context) for i, probe in enumerate(request.probes)
+        ),
+        interventions=_interventions(request.interventions, context),
         grid=_grid(request) if request.HasField("grid") else None,
     )
 
 
-def find_neurons_spec(request: neurons_pb2.FindNeuronsRequest, start: int) -> FindNeuronsSpec:
+def find_neurons_spec(
+    request: neurons_pb2.FindNeuronsRequest, context: int = MAX_IDS, start: int = 0
+) -> FindNeuronsSpec:
     """Decode a FindNeurons request; `start` is the number of the page's first neuron.
 
     Raises `InvalidRequest` for invalid fields.
     """
     return FindNeuronsSpec(
-        token=_target(request.token, "token"),
+        token=_target(request.token, "token", context),
         suppressed=request.suppressed,
         layers=tuple(request.layers),
         start=start,
@@ -472,14 +497,14 @@ def _strength(value: float, field: str) -> float:
     return value
 
 
-def _probe(message: edits_pb2.Probe, field: str) -> Probe:
+def _probe(message: edits_pb2.Probe, field: str, context: int) -> Probe:
     target = None
     if message.HasField("target"):
-        target = _target(message.target, f"{field}.target")
-    return Probe(message.label, _input(message.input, f"{field}.input"), target)
+        target = _target(message.target, f"{field}.target", context)
+    return Probe(message.label, _input(message.input, context, f"{field}.input"), target)
 
 
-def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
+def _input(message: common_pb2.Input, context: int, field: str = "input") -> Prompt:
     which = message.WhichOneof("input")
     if which == "chat":
         refuse_beside(message, ("add_special_tokens", "literal"), which, f"{field}.")
@@ -492,17 +517,30 @@ def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
             return Text(message.prompt, not without, message.literal)
         return message.prompt
     refuse_beside(message, ("add_special_tokens", "literal"), which, f"{field}.")
-    return tuple(message.token_ids.ids)
+    return _ids(message.token_ids, f"{field}.token_ids", context)
 
 
-def _target(message: common_pb2.Target, field: str) -> Target:
+def _target(message: common_pb2.Target, field: str, context: int) -> Target:
     which = message.WhichOneof("target")
     if which is None:
         raise InvalidRequest(field, "no target given; expected text or token_ids")
     if which == "text":
         return Text(message.text, literal=True) if message.literal else message.text
     refuse_beside(message, ("literal",), which, f"{field}.")
-    return tuple(message.token_ids.ids)
+    return _ids(message.token_ids, f"{field}.token_ids", context)
+
+
+def _ids(message: common_pb2.TokenIds, field: str, limit: int) -> tuple[int, ...]:
+    """Return token ids as integers, unless there are more than `limit`.
+
+    The conversion of 250,000 ids takes 60 ms, and Python's lock is held during each part of it.
+    """
+    if (count := len(message.ids)) > limit:
+        raise InvalidRequest(
+            f"{field}.ids", f"too many tokens: expected at most {limit}, got {count}; send fewer"
+        )
+    starts = range(0, len(message.ids), IDS_AT_ONCE)
+    return tuple(chain.from_iterable(message.ids[at : at + IDS_AT_ONCE] for at in starts))
 
 
 def chat(message: common_pb2.Chat) -> Chat:
@@ -565,20 +603,22 @@ def _unit(message: trace_pb2.Unit) -> Unit:
     return Unit(message.layer, message.number, expert)
 
 
-def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
+def _loss(request: gradient_lens_pb2.GradientLensRequest, context: int) -> LossSpec:
     which = request.WhichOneof("loss")
     if which == "nll":
-        return NegativeLogLikelihood(_target(request.nll.target, "nll.target"))
+        return NegativeLogLikelihood(_target(request.nll.target, "nll.target", context))
     if which == "logit_difference":
         return LogitDifference(
-            preferred=_target(request.logit_difference.preferred, "logit_difference.preferred"),
-            other=_target(request.logit_difference.other, "logit_difference.other"),
+            preferred=_target(
+                request.logit_difference.preferred, "logit_difference.preferred", context
+            ),
+            other=_target(request.logit_difference.other, "logit_difference.other", context),
         )
     if which == "kl":
         tokens = enumerate(request.kl.tokens)
         return KlDivergence(
-            tuple(request.kl.suppressed.ids),
-            tuple(_target(token, f"kl.tokens[{i}]") for i, token in tokens),
+            _ids(request.kl.suppressed, "kl.suppressed", MAX_SUPPRESSED),
+            tuple(_target(token, f"kl.tokens[{i}]", context) for i, token in tokens),
         )
     raise InvalidRequest("loss", "no loss given; expected nll, logit_difference or kl")
 
@@ -671,7 +711,7 @@ BOUNDS: dict[str, int] = {
     "Target.text": 64 * KIB,
     "Tensor.data": 4 * MIB,
     "Tensor.shape": 8,
-    "TokenIds.ids": 256 * KIB,
+    "TokenIds.ids": MAX_IDS,
     "TokenizeRequest.model": 256,
     "TokenizeRequest.revision": 256,
     "TokenizeRequest.text": 128 * KIB,

@@ -309,7 +309,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self,
         call: Call,
         request: RequestT,
-        decode_spec: Callable[[RequestT], SpecT],
+        decode_spec: Callable[[RequestT, int], SpecT],
         resolve: Callable[[ResidentModel, SpecT, CancelCheck], ResolvedT],
     ) -> tuple[ResidentModel, Resolve[ResolvedT]]:
         """Return the model of a request, and a function that decodes and resolves the request."""
@@ -322,13 +322,13 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         call: Call,
         model: ResidentModel,
         request: RequestT,
-        decode_spec: Callable[[RequestT], SpecT],
+        decode_spec: Callable[[RequestT, int], SpecT],
         resolve: Callable[[ResidentModel, SpecT, CancelCheck], ResolvedT],
     ) -> Resolve[ResolvedT]:
         """Return a function for a thread, because decoding 16,384 experiments takes 0.2 s."""
 
         def resolved(check_cancelled: CancelCheck) -> ResolvedT:
-            spec = decode_spec(request)
+            spec = decode_spec(request, model.view.facts.max_positions)
             if self._log_prompts and hasattr(spec, "prompt"):
                 call.note(prompt=loggable(spec.prompt))
             return resolve(model, spec, check_cancelled)

@@ -5,12 +5,20 @@ Refused fields are tested over the wire in tests/contract.
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 
-from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.v1 import (
+    common_pb2,
+    edits_pb2,
+    gradient_lens_pb2,
+    interventions_pb2,
+    lens_pb2,
+    trace_pb2,
+)
 from januslens.v1.common_pb2 import Input, Target, TokenIds
 from januslens_server import specs
 from januslens_server.errors import InvalidRequest
@@ -225,3 +233,36 @@ def test_the_callers_bytes_are_copied() -> None:
     assert isinstance(owner, np.ndarray)
     assert owner.flags.owndata
     assert vectors.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "field", ["input.token_ids.ids", "interventions[0].patch.input.token_ids.ids", "target"]
+)
+def test_more_token_ids_than_the_context_are_refused_before_they_are_converted(field: str) -> None:
+    """250,000 Python integers take 10 MB, and hold up other requests while they are made."""
+    many = Input(token_ids=TokenIds(ids=range(1000, 251_000)))
+    request = trace_pb2.TraceRequest(input=PROMPT)
+    if field == "target":
+        request.target.token_ids.CopyFrom(many.token_ids)
+        field = "target.token_ids.ids"
+    elif field.startswith("interventions"):
+        request.interventions.add(site=1, patch=interventions_pb2.Patch(input=many))
+    else:
+        request.input.CopyFrom(many)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest) as refused:
+            trace_spec(request, 512)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(refused.value) == (
+        f"{field}: too many tokens: expected at most 512, got 250000; send fewer"
+    )
+    assert peak < 2**20
+
+
+def test_long_lists_of_token_ids_are_converted_completely() -> None:
+    ids = range(10_000)
+    request = trace_pb2.TraceRequest(input=Input(token_ids=TokenIds(ids=ids)))
+    assert trace_spec(request).prompt == tuple(ids)
