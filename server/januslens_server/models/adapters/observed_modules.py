@@ -43,7 +43,8 @@ ELSEWHERE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 NOT_FOUND = "no outputs of its modules add up to what the block adds"
 
-# Words in the names of mixers' classes, in lower case. The first that occurs gives the kind.
+# Starts of words in the names of mixers' classes, in lower case. The first that occurs gives the
+# kind.
 MIXERS = (
     ("mamba", SublayerKind.STATE_SPACE),
     ("ssm", SublayerKind.STATE_SPACE),
@@ -370,8 +371,8 @@ def _kind(call: _Call) -> SublayerKind:
     Attention to the keys of another layer (Gemma 4) is the exception: its name says what it is.
     """
     mixer = _mixer(call.module)
-    name = type(mixer).__name__.lower()
-    if SublayerKind.ATTENTION.name.lower() not in name and _is_positionwise(call):
+    attends = "attention" in type(mixer).__name__.lower()
+    if not attends and _is_positionwise(call):
         names = (own.lower() for own, _ in call.module.named_modules())
         experts = any("expert" in own for own in names)
         return SublayerKind.EXPERTS if experts else SublayerKind.MLP
@@ -382,14 +383,19 @@ def kind_of_mixer(module: nn.Module) -> SublayerKind:
     """Return what mixes positions in a module, by its parameters or its class; else OTHER."""
     if {"A_log", "D"} <= {name for name, _ in module.named_parameters(recurse=False)}:
         return SublayerKind.STATE_SPACE
-    name = type(module).__name__.lower()
-    return next((kind for word, kind in MIXERS if word in name), SublayerKind.OTHER)
+    words = [word.lower() for word in _WORDS.findall(type(module).__name__)]
+    named = (kind for start, kind in MIXERS for word in words if word.startswith(start))
+    return next(named, SublayerKind.OTHER)
+
+
+# A word in the name of a class, so that SeedOssMLP is no SSM.
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*")
 
 
 def _mixer(module: nn.Module) -> nn.Module:
     """Return the module itself, or the only child with parameters of a wrapper."""
     owners = [child for child in module.children() if list(child.parameters())]
-    known = any(word in type(module).__name__.lower() for word, _ in MIXERS)
+    known = kind_of_mixer(module) is not SublayerKind.OTHER
     return _mixer(owners[0]) if len(owners) == 1 and not known else module
 
 
