@@ -18,7 +18,7 @@ class Demand:
     Attributes:
         passes: Passes through the blocks; a backward pass counts as `BACKWARD`.
         flops: Floating-point operations of the passes and of other large products.
-        blocks: Flow graphs to build, each of one block at one position.
+        flows: Flow graphs to build, of a block at one position or of its states at several.
         nodes: Nodes of these graphs.
         read: Those of the nodes that are projected.
         vectors: Vectors to project, including those of nodes.
@@ -35,7 +35,7 @@ class Demand:
 
     passes: int = 0
     flops: float = 0.0
-    blocks: int = 0
+    flows: int = 0
     nodes: int = 0
     read: int = 0
     vectors: int = 0

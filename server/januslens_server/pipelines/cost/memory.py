@@ -44,7 +44,8 @@ def read(sizes: CostSizes, vectors: int, listed: int) -> int:
     facts = sizes.facts
     row = FLOAT32 * facts.vocab_size
     chunk = min(max(sizes.chunk_bytes, row), row * vectors)
-    parts = 4 * min(chunk, sizes.part_bytes)
+    # Differences from the largest logit, their exponentials and capped logits, or what is listed.
+    parts = (4 if listed else 3) * min(chunk, sizes.part_bytes)
     return chunk + parts + vectors * 4 * FLOAT32 * facts.d_model + reported(vectors, listed)
 
 

@@ -48,7 +48,7 @@ class Pace:
 
     per_pass: float
     per_flop: float
-    per_block: float
+    per_flow: float
     per_node: float
     per_read: float
     per_reading: float
@@ -63,7 +63,7 @@ class Pace:
         return (
             demand.passes * self.per_pass
             + demand.flops * self.per_flop
-            + demand.blocks * self.per_block
+            + demand.flows * self.per_flow
             + demand.nodes * self.per_node
             + demand.read * self.per_read
             + demand.readings * self.per_reading
@@ -117,7 +117,7 @@ def _change(model: ResidentModel, positions: int, operation: Operation) -> None:
 
 
 def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: Clock) -> Pace:
-    """Measure the time per block, per node, and per node that is projected.
+    """Measure the time per flow graph, per node, and per node that is projected.
 
     Building graphs is measured on its own, with one kind of node and with all kinds. In a whole
     trace, the error of the lens's time could be larger than the time of the graphs. Traces without
@@ -131,7 +131,7 @@ def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: C
     requests = {spec: resolve_trace(model, spec) for spec in (alone, bare, whole)}
     demands = {spec: trace_demand(request) for spec, request in requests.items()}
     few, many = (_least(partial(_building, clock, model, ids, spec)) for spec in (alone, whole))
-    pace = replace(pace, per_block=few / (len(layers) + 1))  # one more for the final norm
+    pace = replace(pace, per_flow=few / (len(layers) + 1))  # one more for the final norm
     products = [
         demands[spec].flops - lens_flops(cost_sizes(model), demands[spec].vectors)
         for spec in (alone, whole)

@@ -85,6 +85,8 @@ def trace_demand(request: ResolvedTrace) -> Demand:
     blocks = len(layers) * len(positions)
     most = positions_at_once(spec, sizes.facts, tokens)
     pieces = math.ceil(len(positions) / most) * len(layers) + 1
+    # The insides of sublayers are built for one position at a time, states for all of a piece.
+    flows = blocks if _builds(spec, OF_ATTENTION | OF_MLP) else pieces
     read = shown - junctions if spec.include_projections else 0
     states = _states(spec, blocks)
     vectors = read + states + 3 * len(positions)
@@ -110,7 +112,7 @@ def trace_demand(request: ResolvedTrace) -> Demand:
         flops=passes * pass_flops(sizes, tokens, scored)
         + lens_flops(sizes, vectors)
         + _graph_flops(sizes, spec, built, blocks, tokens),
-        blocks=blocks,
+        flows=flows,
         nodes=built,
         read=read,
         vectors=vectors,
