@@ -67,6 +67,31 @@ def test_trace(model: Any, ids: Tensor, checks: dict[str, dict[str, Any]]) -> No
     assert near(log_probability, expected[f"{header}.target_log_probability"])
 
 
+@torch.no_grad()
+def test_named_source(ids: Tensor, checks: dict[str, dict[str, Any]]) -> None:
+    check = checks["a named source of a head is the only one"]
+    (named,) = check["request"]["selection"]["only_sources"]
+    layer, head, source = named["layer"], named["head"], named["position"]
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    found = model(ids, output_attentions=True, output_hidden_states=True)
+    block = model.transformer.h[layer]
+    width = model.config.n_embd // model.config.n_head
+    mapped = block.attn.c_attn(block.ln_1(found.hidden_states[layer][0]))
+    values = mapped[:, -model.config.n_embd :][:, head * width : (head + 1) * width]
+    results = values @ block.attn.c_proj.weight[head * width : (head + 1) * width]
+    attention = found.attentions[layer][0, head, -1]
+    whole = attention @ results
+    share = attention[source] * results[source] @ whole / whole.square().sum()
+    for name, figure in (
+        ("nodes.1.norm", results[source].norm()),
+        ("edges.0.attention", attention[source]),
+        ("edges.0.share", share),
+    ):
+        assert near(float(figure), check["expect"][f"messages.1.layer.{name}"]), figure
+
+
 def test_gradients_and_edit(model: Any, ids: Tensor, checks: dict[str, dict[str, Any]]) -> None:
     paris = token(PARIS)
     loss = -last_logits(model, ids).log_softmax(0)[paris]
