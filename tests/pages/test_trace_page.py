@@ -618,6 +618,18 @@ def test_selection_does_not_move_elements(tab: Page, demo: Traced) -> None:
     assert set(tab.evaluate("[...window.touched]")) <= {"class", "tabindex"}
 
 
+def test_filter_draws_arcs_anew_and_leaves_the_cells(tab: Page, demo: Traced) -> None:
+    opened(tab, demo)
+    tab.evaluate("""() => {
+      const seen = (name, kinds) => new MutationObserver((all) => { window[name] += all.length })
+        .observe(document.querySelector(`svg ${kinds}`), { subtree: true, attributes: true })
+      window.cells = window.arcs = window.layer = 0
+      seen('cells', '.cells'), seen('arcs', '.arcs'), seen('layer', '.ribbons')
+    }""")
+    changed(tab, "arcs=share")
+    assert tab.evaluate("[arcs > 0, cells, layer]") == [True, 0, 0]
+
+
 def test_page_without_overview_shows_the_traced_positions(
     tab: Page, demo: Traced, tmp_path: Path
 ) -> None:

@@ -223,9 +223,11 @@ export class FlowGraph {
   private summaries = 0
   private readonly into = new Map<string, GraphEdge[]>()
   private readonly from = new Map<string, GraphEdge[]>()
+  private readonly parts = new Map<string, readonly Part[]>()
 
   feed(message: TraceResponse): void {
     this.version++
+    this.parts.clear()
     if (message.header) this.begin(message.header)
     if (message.header) this.headers++
     if (message.layer) this.extend(message.layer)
@@ -304,7 +306,16 @@ export class FlowGraph {
   }
 
   /** The parts that add up to a node, largest |share| first; their shares sum to 1. */
-  partsOf(id: string): Part[] {
+  partsOf(id: string): readonly Part[] {
+    let parts = this.parts.get(id)
+    if (!parts) {
+      parts = this.sortedParts(id)
+      this.parts.set(id, parts)
+    }
+    return parts
+  }
+
+  private sortedParts(id: string): Part[] {
     const parts: Part[] = []
     for (const edge of this.edgesInto(id)) {
       const node = edge.kind === 'PART' ? this.nodes.get(edge.source) : undefined

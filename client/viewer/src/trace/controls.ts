@@ -58,7 +58,7 @@ export function traceState(): TraceState {
 // Filters hide rows and report how much of the sum they hide.
 
 export interface Filter {
-  /** Changes whenever the filter changes. */
+  /** Changes whenever the shown rows change. */
   key: string
   /** Smallest |share| shown, as a fraction. */
   minimum: number
@@ -74,7 +74,7 @@ export interface Filter {
 export function filterOf(state: TraceState): Filter {
   const sign = state.get('sign')
   return {
-    key: (['hide', 'min', 'sign', 'heads', 'arcs'] as const).map((key) => state.get(key)).join(' '),
+    key: (['hide', 'min', 'sign', 'heads'] as const).map((key) => state.get(key)).join(' '),
     minimum: (Number(state.get('min')) || 0) / 100,
     sign: sign === '+' || sign === '-' ? sign : '',
     hidden: new Set(state.list('hide')),

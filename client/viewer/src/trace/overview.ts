@@ -11,7 +11,7 @@ import { count, probability } from '../presentation/wording'
 import { arcLegend, readBy } from './arcs'
 import type { Filter } from './controls'
 import { preview } from './inspector'
-import { drawGrid, type Grid, markGrid, residualAt } from './overview_grid'
+import { drawFiltered, drawGrid, type Grid, markGrid, residualAt } from './overview_grid'
 import { EMBEDDING, type Layout, layout, nearest, type Row } from './overview_layout'
 
 interface Actions {
@@ -27,8 +27,10 @@ const LABELS = 44 // px; clicks left of this are on a row's label
 export class Overview {
   readonly element: HTMLElement
   private readonly svg = create('svg').attr('class', 'picture overview') as unknown as Svg
-  private readonly layoutChanges = new ChangeTracker()
+  private readonly filterChanges = new ChangeTracker()
+  private readonly columnChanges = new ChangeTracker()
   private readonly markChanges = new ChangeTracker()
+  private readonly scrollChanges = new ChangeTracker()
   private at: Layout | undefined
 
   constructor(
@@ -54,7 +56,8 @@ export class Overview {
     filter: Filter,
   ): void {
     const { graph, svg } = this
-    const placed = this.layoutChanges.changed(width, position, graph.version, filter.key)
+    const shownArcs = `${filter.key} ${filter.arcs}`
+    const placed = this.filterChanges.changed(width, position, graph.version, shownArcs)
     if (placed) this.place(width, position, filter)
     if (this.markChanges.changed(marks.key, String(shown)) || placed) {
       markGrid(svg, graph, position, marks, shown)
@@ -78,21 +81,25 @@ export class Overview {
     const full = layout(graph.prompt.length, layers, position, room, PANEL, read)
     const at = { ...full, width: Math.min(room, Math.max(LEGEND_WIDTH, full.panelX + PANEL)) }
     const grid = { graph, at, position, filter }
-    drawGrid(svg, grid)
-    drawPanel(svg, graph, at, position)
-    drawAnswer(svg, graph, at, position)
+    const labelled = at.columns.filter((column) => column.labelled).map((c) => c.position)
+    if (this.columnChanges.changed(room, position, graph.version, String(labelled))) {
+      drawGrid(svg, grid)
+      drawPanel(svg, graph, at, position)
+      drawAnswer(svg, graph, at, position)
+    } else {
+      drawFiltered(svg, grid) // cells keep their places
+    }
     const keys = keysFor(grid)
     const height = at.height + LEGEND_HEIGHT + LEGEND_LINE * (keys.at(-1)?.line ?? 0)
     this.at = { ...at, height }
     svg.attr('height', height).attr('viewBox', `0 0 ${at.width} ${height}`)
     drawLegend(svg, keys, at.height)
-    this.scrollTo(position)
   }
 
   /** Shows the selected column in a window that is narrower than the picture. */
-  private scrollTo(position: number): void {
+  reveal(position: number): void {
     const column = this.at?.columns[position]
-    if (column)
+    if (column && this.scrollChanges.changed(column.x, column.width))
       this.element.scrollLeft = column.x + column.width + LABELS - this.element.clientWidth
   }
 

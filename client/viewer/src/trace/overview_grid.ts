@@ -49,11 +49,17 @@ export function drawGrid(svg: Svg, grid: Grid): void {
   drawHeatmap(groupNamed(svg, 'heat'), grid)
   groupNamed(svg, 'answer') // reserves its place below the cells
   drawSpine(groupNamed(svg, 'spine'), grid)
-  drawArcs(groupNamed(svg, 'arcs'), arcsOf(grid), at)
+  groupNamed(svg, 'arcs') // below the cells
   drawCells(groupNamed(svg, 'cells'), grid)
-  drawSteps(groupNamed(svg, 'steps'), grid)
+  drawFiltered(svg, grid)
   drawRowLabels(groupNamed(svg, 'rows'), at)
   drawAxis(groupNamed(svg, 'axis'), grid)
+}
+
+/** Draws what depends on the filter: the arcs, and the bars below the cells. */
+export function drawFiltered(svg: Svg, grid: Grid): void {
+  drawArcs(groupNamed(svg, 'arcs'), arcsOf(grid), grid.at)
+  drawSteps(groupNamed(svg, 'steps'), grid)
 }
 
 function drawBand(group: Group, { at, position }: Grid): void {

@@ -126,6 +126,7 @@ export class TraceView {
   private readonly headerChanges = new ChangeTracker()
   private drawn = 0
   private exportWidth: number | undefined
+  private room = 0
 
   constructor(
     private readonly parts: Shell,
@@ -169,7 +170,10 @@ export class TraceView {
     listenForTargetChoice(parts.aside, this.graph.tokens, () => this.contents())
     this.heading.addEventListener('click', (event) => this.openLink(event))
     this.state.subscribe(() => this.draw())
-    new ResizeObserver(() => this.draw()).observe(parts.main)
+    new ResizeObserver(() => {
+      this.room = parts.main.clientWidth
+      this.draw()
+    }).observe(parts.main)
   }
 
   private contents(): PageContents {
@@ -193,7 +197,8 @@ export class TraceView {
     const { graph, state } = this
     setTheme(state.get('theme') as Theme)
     this.updateToolbar()
-    const room = this.exportWidth ?? this.parts.main.clientWidth
+    this.room ||= this.parts.main.clientWidth // kept, because reading it lays out the page
+    const room = this.exportWidth ?? this.room
     const width = Math.max(NARROWEST, room)
     if (graph.layers.size === 0) return
     graph.annotate(state.get('names'))
@@ -226,6 +231,7 @@ export class TraceView {
     const first = onlyHeads ? heads : overview
     if (onlyHeads) heads.draw(width - taken, position, marks, this.layers())
     else overview.draw(width - taken, position, marks, this.layers(), filterOf(this.state))
+    if (room < NARROWEST) overview.reveal(position)
     const beside = wide ? width - first.width - MAPS_GAP : room
     why.draw(beside, position, marks)
     if (wide && !onlyHeads)
