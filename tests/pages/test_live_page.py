@@ -272,10 +272,29 @@ def test_edit_preview_is_in_the_saved_page(
     assert running.origin not in kept.read_text(encoding="utf-8")
 
 
-def test_server_errors_are_shown(live: Page) -> None:
-    live.get_by_role("button", name="Gradient", exact=True).click()
-    expect(live.get_by_label("Prompt", exact=True)).to_be_focused()  # the prompt is missing
+def test_fields_that_a_button_needs_say_what_to_enter(live: Page) -> None:
+    ask = live.get_by_role("button", name="Gradient", exact=True)
+    ask.click()
+    prompt = live.get_by_role("textbox", name="Prompt", exact=True)
+    target = live.get_by_role("textbox", name="Target", exact=True)
+    expect(prompt).to_be_focused()
+    expect(prompt).to_have_accessible_description("Enter a text that the model continues.")
+    learned = "Gradient needs the text that the model should learn, with its leading space."
+    expect(target).to_have_accessible_description(learned)
+    expect(live.get_by_text(learned)).to_be_visible()
+    prompt.fill(PROMPT)
+    expect(live.locator(".needed")).to_have_text([learned])
+    ask.click()
+    expect(target).to_be_focused()
+    target.fill(" Tokyo")
+    expect(live.locator(".needed")).to_have_count(0)
+    live.get_by_role("button", name="Chat", exact=True).click()
+    live.get_by_role("button", name="Generate", exact=True).click()
+    expect(live.get_by_label("Message")).to_have_accessible_description("Enter a message.")
     assert live.locator(".answer-panel").count() == 0
+
+
+def test_server_errors_are_shown(live: Page) -> None:
     live.get_by_label("Prompt", exact=True).fill(PROMPT)
     live.get_by_text("more", exact=True).click()
     live.get_by_label("Layers").fill("99")

@@ -68,6 +68,7 @@ export class Form {
       ),
       this.status,
     )
+    this.element.noValidate = true // see `start`
     this.element.addEventListener('submit', (event) => {
       event.preventDefault()
       this.start('trace')
@@ -128,17 +129,22 @@ export class Form {
     this.generate.classList.toggle('primary', chatting)
     const shown = chatting ? this.chat.element : this.prompt
     for (const one of [this.prompt, this.chat.element]) one.hidden = one !== shown
-    const text = this.prompt.querySelector('textarea')
-    if (text) text.required = !chatting
-    this.chat.setRequired(chatting)
+    for (const label of [this.prompt, this.fields.get('target')]) label && clearNeeded(label)
   }
 
+  /** Asks, unless a field that this kind of result needs is empty; then says what to enter. */
   private start(ask: string): void {
-    const input = this.fields.get('target')?.querySelector('input')
-    const missing = ask === 'gradient' && input?.value === ''
-    input?.setCustomValidity(missing ? 'Enter the text that the model should learn.' : '')
-    if (this.element.reportValidity()) this.actions.ask(this.question(ask))
-    input?.setCustomValidity('')
+    const input = this.chatting ? this.chat.first() : this.prompt
+    const target = this.fields.get('target')
+    const empty = [
+      value(input) === '' ? markNeeded(input, this.chatting ? MESSAGE : TEXT) : undefined,
+      ask === 'gradient' && target && value(target) === ''
+        ? markNeeded(target, LEARNED)
+        : undefined,
+    ]
+    const first = empty.find((control) => control !== undefined)
+    if (first) first.focus()
+    else this.actions.ask(this.question(ask))
   }
 
   private field(name: Field, text: string, placeholder: string): HTMLLabelElement {
@@ -214,10 +220,9 @@ class ChatBox {
     for (const message of messages) this.append(message)
   }
 
-  /** Whether the first message must have a text. */
-  setRequired(required: boolean): void {
-    const [first] = this.rows.querySelectorAll('textarea')
-    if (first) first.required = required
+  /** The first message, which must have a text. */
+  first(): HTMLElement {
+    return this.rows.firstElementChild as HTMLElement
   }
 
   private append({ role, content }: Message): HTMLTextAreaElement {
@@ -265,22 +270,47 @@ function promptField(submit: () => void): HTMLLabelElement {
   return element('label', { class: 'field prompt' }, element('span', {}, 'Prompt'), text)
 }
 
+const TEXT = 'Enter a text that the model continues.'
+const MESSAGE = 'Enter a message.'
+const LEARNED = 'Gradient needs the text that the model should learn, with its leading space.'
+
+/** Says beside a field what to enter until the user enters something; returns its control. */
+function markNeeded(around: HTMLElement, what: string): HTMLElement | undefined {
+  const input = control(around)
+  if (!input) return undefined
+  clearNeeded(around)
+  // Hidden, so that it describes the control and is not a part of its name.
+  const note = element('span', { class: 'error needed', 'aria-hidden': 'true' }, what)
+  note.id = `needed-${input.name || 'message'}`
+  around.append(note)
+  input.setAttribute('aria-invalid', 'true')
+  input.setAttribute('aria-describedby', note.id)
+  input.addEventListener('input', () => clearNeeded(around), { once: true })
+  return input
+}
+
+function clearNeeded(around: HTMLElement): void {
+  around.querySelector('.needed')?.remove()
+  for (const name of ['aria-invalid', 'aria-describedby']) control(around)?.removeAttribute(name)
+}
+
 function field(name: string, text: string, placeholder: string): HTMLLabelElement {
   const input = element('input', { name, placeholder, autocomplete: 'off', spellcheck: 'false' })
   return element('label', { class: `field ${name}` }, element('span', {}, text), input)
 }
 
-function control(label: HTMLLabelElement): HTMLInputElement | HTMLTextAreaElement | null {
+function control(label: HTMLElement): HTMLInputElement | HTMLTextAreaElement | null {
   return label.querySelector('input, textarea')
 }
 
-function value(label: HTMLLabelElement): string {
+function value(label: HTMLElement): string {
   return control(label)?.value ?? ''
 }
 
-function setValue(label: HTMLLabelElement, text: string): void {
+function setValue(label: HTMLElement, text: string): void {
   const found = control(label)
   if (found) found.value = text
+  if (text !== '') clearNeeded(label)
 }
 
 function checkbox(kind: string, checked: boolean) {
