@@ -38,7 +38,7 @@ from januslens_server.pipelines.resolve import (
 )
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import NAMED_KINDS, LayerGraph
+from januslens_server.results import NAMED_KINDS, GradientMatrix, LayerGraph
 from januslens_server.specs import (
     ActivationsSpec,
     Criterion,
@@ -83,6 +83,13 @@ CHOSEN = (
 WAITS_PER_LAYER, OF_EXPERTS = 6, 1
 # Waits outside of layers: the model's own mask, the check of the pass, the targets, the final norm.
 WAITS_ONCE = 10
+# Waits of a gradient for each matrix, or each expert's matrix: its factors cross in one copy. The
+# numbers of the routed experts are needed before, once for each kind of matrix.
+WAITS_PER_MATRIX = 1
+# Waits of a generated token: the check of its pass, the draw, its probability; its readings.
+WAITS_PER_TOKEN, OF_READINGS = 3, 1
+# Waits of the experiments that begin in one layer, which run together.
+WAITS_PER_BATCH = 7
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +154,17 @@ def test_trace_of_all_positions_with_checks_and_attributions_is_the_same(record:
 
 
 @pytest.mark.parametrize("name", ["gpt2-plain", "llama-grouped", "mixtral-window"])
+def test_gradients_wait_a_stated_number_of_times_per_matrix(name: str, record: Record) -> None:
+    case = BY_ID[name]
+    spec = GradientLensSpec(tuple(case.prompt), NegativeLogLikelihood((5, 7)))
+    events = both(case, resolve_gradient_lens, gradient_lens, spec, record)
+    matrices = [event for event in events if isinstance(event, GradientMatrix)]
+    kinds = {(matrix.layer, matrix.kind) for matrix in matrices if matrix.expert is not None}
+    most = len(matrices) * WAITS_PER_MATRIX + len(kinds) + WAITS_ONCE
+    assert record.total <= most, record.waits
+
+
+@pytest.mark.parametrize("name", ["gpt2-plain", "llama-grouped", "mixtral-window"])
 def test_gradients_are_the_same_and_verified(name: str, record: Record) -> None:
     case = BY_ID[name]
     spec = GradientLensSpec(
@@ -180,6 +198,40 @@ def test_interventions_and_experiments_are_the_same(record: Record) -> None:
         TraceSpec(tuple(LLAMA.prompt), interventions=CHANGES),
         record,
     )
+
+
+def test_many_experiments_wait_as_often_as_one(record: Record) -> None:
+    def waits(count: int) -> int:
+        heads = [
+            InterventionSpec(Site.HEAD_RESULT, Zero(), layers=(i % 2,), positions=(i % 3,))
+            for i in range(count)
+        ]
+        experiments = tuple(ExperimentSpec("", (head,)) for head in heads)
+        spec = InterveneSpec(tuple(LLAMA.prompt), (7,), experiments=experiments)
+        both(LLAMA, resolve_intervene, intervene, spec, record)
+        return record.total
+
+    assert waits(6) <= waits(1) + WAITS_PER_BATCH, record.waits
+
+
+@pytest.mark.parametrize("reading", [None, LayerReading()])
+def test_generation_waits_a_stated_number_of_times_per_token(
+    reading: LayerReading | None, record: Record
+) -> None:
+    def waits(count: int) -> int:
+        spec = GenerateSpec(tuple(LLAMA.prompt), max_new_tokens=count, reading=reading)
+        both(LLAMA, resolve_generate, generate, spec, record)
+        return record.total
+
+    each = WAITS_PER_TOKEN + (OF_READINGS if reading else 0)
+    assert waits(6) - waits(2) <= 4 * each, record.waits
+
+
+def test_edits_wait_seldom(record: Record) -> None:
+    edit = PreviewEditSpec(tuple(LLAMA.prompt), (5,), DescentStep((), (), 0.1))
+    both(LLAMA, resolve_preview_edit, preview_edit, edit, record)
+    assert record.total <= 3 * WAITS_ONCE, record.waits
+    assert sum(n for line, n in record.waits.items() if "preview_edit" in line) <= 2
 
 
 def test_generation_is_the_same(record: Record) -> None:

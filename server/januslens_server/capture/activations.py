@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from januslens_server.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ class HiddenSources:
     entries: tuple[Entry, ...]
 
     @cached_property
-    def _columns(self) -> list[torch.Tensor]:
+    def _columns(self) -> list[NDArray[np.int64]]:
         """The source positions of each entry."""
-        return [torch.tensor(sources, dtype=torch.long) for _, _, sources in self.entries]
+        return [np.array(sources, np.int64) for _, _, sources in self.entries]
 
     def by_copy(self, length: int) -> dict[int, HiddenSources]:
         """Return the sources of each of several copies of a prompt of `length` tokens.
@@ -73,9 +77,9 @@ class HiddenSources:
             at = [i for i, position in enumerate(positions) if position in queries]
             if not at:
                 continue
-            rows = torch.tensor(at, device=device)
-            units = torch.tensor(range(n_heads) if heads is None else heads, device=device)
-            columns = sources[sources < n_sources].to(device)
+            rows = to_device(at, device)
+            units = to_device(range(n_heads) if heads is None else heads, device)
+            columns = to_device(sources[sources < n_sources], device)
             hidden[rows[:, None, None], units[:, None], columns] = True
         return hidden
 

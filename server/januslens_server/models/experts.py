@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from januslens_server.capture import End, LowRank, NeuronChange, Routing, Tap
@@ -19,6 +21,7 @@ from januslens_server.graph.mlp import Activation, Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
 from januslens_server.models.matrices import Factors, Linear, read_parameter, read_tensor
 from januslens_server.results import MatrixKind
+from januslens_server.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -329,20 +332,22 @@ class ExpertMatrices:
         x = rows(captured[self.experts.input]).detach()
         named = {name: captured[tap] for name, tap in self.experts.routing_taps.items()}
         routing = self.experts.routing(named)
+        chosen = to_host(routing.experts)[0].numpy()  # waits once for all experts
         return {
-            expert: self._factors(expert, x, vjps, routing)
-            for expert in sorted(set(routing.experts.flatten().tolist()))
+            expert: self._factors(expert, np.argwhere(chosen == expert), x, vjps, routing)
+            for expert in np.unique(chosen).tolist()
         }
 
     def _factors(
         self,
         index: int,
+        routed: NDArray[np.int64],
         x: torch.Tensor,
         vjps: torch.Tensor,
         routing: Routing,
     ) -> Factors:
-        """Run one expert again, forward and backward, where positions are routed to it."""
-        positions, slots = torch.where(routing.experts == index)
+        """Run one expert again, forward and backward, at the positions and slots `routed`."""
+        positions, slots = to_device(routed, x.device).unbind(-1)
         expert = self.experts.expert(index)
         own = routing.read(x[positions], positions, slots)
         delta = vjps[positions] * routing.weights[positions, slots, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ def check_weights(network: nn.Module, advance: Callable[[float], object] = lambd
     ]
     total, checked, broken = sum(count for *_, count in weights), 0, []
     for full_name, module, name, count in weights:
-        if not _finite(read_parameter(module, name)):
+        if not bool(_finite(read_parameter(module, name))):
             broken.append(full_name)
         checked += count
         advance(checked / total)
@@ -42,7 +42,8 @@ def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
     An overflow in an earlier layer stays in the residual stream, so checking its end is enough.
     Logits `[pos, vocab]` may be minus infinity, because some models exclude tokens with them.
     """
-    if not _finite(residual) or not bool((logits.amax(-1) < torch.inf).all()):
+    fine = [_finite(residual), (logits.amax(-1) < torch.inf).all()]
+    if not _all(fine):
         raise NotFinite(
             "the model's activations are infinite or NaN",
             "use another prompt",
@@ -52,13 +53,13 @@ def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
 
 def check_gradients(vjps: Iterable[torch.Tensor]) -> None:
     """Raise `NotFinite` if a gradient dL/dy `[pos, d_out]` is infinite or NaN."""
-    for vjp in vjps:
-        if not _finite(vjp):
-            raise NotFinite(
-                "the gradients of this loss are infinite or NaN",
-                "use another loss",
-                _advice(vjp.dtype),
-            )
+    vjps = list(vjps)
+    if not _all([_finite(vjp) for vjp in vjps]):
+        raise NotFinite(
+            "the gradients of this loss are infinite or NaN",
+            "use another loss",
+            _advice(vjps[-1].dtype),
+        )
 
 
 def check_numbers(what: str, *columns: Floats | None) -> None:
@@ -80,11 +81,19 @@ def _advice(data_type: torch.dtype) -> str:
     return ""
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite; checks only the extremes, which needs no large tensor."""
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, on the tensor's device.
+
+    Checks only the extremes, which needs no large tensor.
+    """
     if not tensor.numel():
-        return True
-    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
+
+
+def _all(fine: Sequence[torch.Tensor]) -> bool:
+    """Whether all are true; the host waits once for them, wherever they are."""
+    return bool(torch.stack([each.to(fine[0].device) for each in fine]).all())
 
 
 def devices_work() -> bool:

@@ -27,6 +27,7 @@ from januslens_server.models.site_taps import SiteTap
 from januslens_server.models.sites import SiteKey, site_experts, site_shape, site_tap
 from januslens_server.models.views import AttentionGate
 from januslens_server.specs import Add, Noise, Operation, Scale, SetTo, Site, Zero
+from januslens_server.transfer import to_device
 
 # Normal values that are drawn at once, and attention probabilities that are computed at once.
 DRAWN_AT_ONCE, PATTERN_AT_ONCE = 2**22, 2**24
@@ -219,10 +220,11 @@ class Interventions:
         changed = values.clone()
         for number, intervention in self._by_key[key]:
             self._check_cancelled()
-            index = [torch.tensor(intervention.positions, device=values.device) - self._start]
+            positions = [position - self._start for position in intervention.positions]
+            index = [to_device(positions, values.device)]
             if intervention.units is not None:
                 index[0] = index[0][:, None]
-                index.append(torch.tensor(intervention.units, device=values.device))
+                index.append(to_device(intervention.units, values.device))
             old = changed[tuple(index)]
             changed[tuple(index)] = self._result(number, key, old)
         return changed
@@ -253,12 +255,13 @@ class Interventions:
             numbers = range(count) if found.experts is None else found.experts
             if expert not in numbers:
                 continue
-            wanted = torch.tensor(found.positions, device=positions.device) - self._start
+            at = [position - self._start for position in found.positions]
+            wanted = to_device(at, positions.device)
             rows, places = _matches(positions, wanted)
             own = partial(_of_expert, len(wanted), places, numbers.index(expert))
             index = [rows]
             if found.units is not None:
-                index = [rows[:, None], torch.tensor(found.units, device=positions.device)]
+                index = [rows[:, None], to_device(found.units, positions.device)]
             old = changed[tuple(index)]
             changed[tuple(index)] = self._result(number, key, old, own)
         return changed

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -608,15 +609,15 @@ def taken_values(
             for key in intervention.keys:
                 rows_of = needed.setdefault(source.ids, {})
                 rows_of.setdefault(key, set()).update(source.positions)
-    found: dict[tuple[tuple[int, ...], SiteKey], tuple[torch.Tensor, torch.Tensor]] = {}
+    found: dict[tuple[tuple[int, ...], SiteKey], tuple[list[int], torch.Tensor]] = {}
     for ids, wanted in needed.items():
         at = {key: sorted(positions) for key, positions in wanted.items()}
         values, _ = read_sites(model, ids, at, (len(ids) - 1,), check_cancelled)
-        found |= {(ids, key): (torch.tensor(at[key]), values[key]) for key in at}
+        found |= {(ids, key): (at[key], values[key]) for key in at}
 
     def rows_from(source: Source, key: SiteKey) -> torch.Tensor:
         positions, values = found[source.ids, key]
-        return values[torch.searchsorted(positions, torch.tensor(source.positions))]
+        return values[to_device(np.searchsorted(positions, source.positions), values.device)]
 
     taken: dict[tuple[int, SiteKey], torch.Tensor] = {}
     for number, intervention in enumerate(interventions):

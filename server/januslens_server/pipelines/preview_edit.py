@@ -182,16 +182,32 @@ def _effect(lens: LensHead, watched: Watched, before: torch.Tensor, after: torch
     """
     target = watched.target
     log_before, log_after = (lens.cap(row).log_softmax(dim=-1) for row in (before, after))
+    figures = (
+        log_before[target],
+        log_after[target],
+        log_before[target].exp(),
+        log_after[target].exp(),
+        (log_before.exp() * (log_before - log_after)).sum(),
+        (before > before[target]).sum(),
+        (after > after[target]).sum(),
+        before.argmax(),  # of equal logits, the lowest id
+        after.argmax(),
+    )
+    # One copy to the host; float64 represents float32 and token ids exactly.
+    *floats, rank_before, rank_after, predicted_before, predicted_after = torch.stack(
+        [figure.double() for figure in figures]
+    ).tolist()
+    log_p_before, log_p_after, p_before, p_after, divergence = floats
     return Effect(
         label=watched.label,
         target_token_id=target,
-        probability_before=float(log_before[target].exp()),
-        probability_after=float(log_after[target].exp()),
-        rank_before=int((before > before[target]).sum()),
-        rank_after=int((after > after[target]).sum()),
-        predicted_before=int(before.argmax()),  # of equal logits, the lowest id
-        predicted_after=int(after.argmax()),
-        kl_bits=float((log_before.exp() * (log_before - log_after)).sum()) / math.log(2),
-        log_probability_before=float(log_before[target]),
-        log_probability_after=float(log_after[target]),
+        probability_before=p_before,
+        probability_after=p_after,
+        rank_before=int(rank_before),
+        rank_after=int(rank_after),
+        predicted_before=int(predicted_before),
+        predicted_after=int(predicted_after),
+        kl_bits=divergence / math.log(2),
+        log_probability_before=log_p_before,
+        log_probability_after=log_p_after,
     )
