@@ -31,6 +31,8 @@ background:none;font-weight:normal;max-width:none}
 .januslens.januslens th{opacity:.65;vertical-align:bottom}
 .januslens.januslens .n{text-align:right;font-variant-numeric:tabular-nums}
 .januslens bdi{font:12px ui-monospace,monospace;unicode-bidi:isolate}
+.januslens code{font:12px ui-monospace,monospace;background:rgba(128,128,128,.14);border-radius:3px;
+padding:0 3px}
 .januslens .d{opacity:.65}
 .januslens .t{font-weight:700;text-decoration:underline;text-underline-offset:2px}
 .januslens.januslens .m td.h{border:1px solid rgba(128,128,128,.35);padding:1px 5px;max-width:9em;
@@ -103,8 +105,18 @@ def literal(text: str, classes: str = "") -> Element:
 
 
 def note(text: str) -> Element:
-    """A note below a table, which explains its columns."""
-    return element("p", text, classes="d")
+    """A note below a table, which explains its columns; `names` in backticks are code."""
+    return element("p", *_with_code(text), classes="d")
+
+
+def warning(text: str) -> Element:
+    """A line about what a table leaves out; `names` in backticks are code."""
+    return element("p", element("b", "Left out: "), *_with_code(text))
+
+
+def _with_code(text: str) -> list[Child]:
+    pieces = text.split("`")
+    return [element("code", piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
 # Background colour by the bin of the target's rank.

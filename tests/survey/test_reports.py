@@ -278,6 +278,153 @@ def test_estimated_and_measured_effects(client: Client, out: Path, traces: list[
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [
+        ("units", ["units"]),
+        ("norms", ["it's states"]),
+        ("answers", ["it's states"]),
+        ("gradients", ["gradients"]),
+        ("edits", ["edits"]),
+        ("estimates", ["it's states", "heads", "mlps"]),
+    ],
+)
+def test_report_of_a_complete_survey_leaves_nothing_out(
+    out: Path, name: str, folders: list[str]
+) -> None:
+    report = januslens.report(name, *(out / folder for folder in folders))
+    assert [table.left_out for table in report.tables] == [(), ()]
+
+
+ONE = [{"prompt": FACTS[0][0], "target": FACTS[0][2]}]
+# What a survey of one prompt lacks, and what the two tables of a report say about it.
+GAPS: dict[str, tuple[str, dict[str, Any], tuple[list[str], list[str]]]] = {
+    "heads without their sum": (
+        "estimates",
+        {"node_kinds": ["HEAD_OUTPUT", "MLP_OUTPUT", "BLOCK_OUTPUT"], "heads": 0}
+        | {"attribution": True},
+        (["80 of 80 measured effects of HEAD_OUTPUT", "Trace ATTENTION_CONCAT as well"],) * 2,
+    ),
+    "heads that are not selected": (
+        "estimates",
+        {"heads": 1, "attribution": True},
+        (["60 of 80 measured effects of HEAD_OUTPUT", "with `heads=0` for all heads"],) * 2,
+    ),
+    "attributions": (
+        "estimates",
+        {"heads": 0},
+        (
+            [
+                "80 of 80 measured effects of HEAD_OUTPUT",
+                "20 of 20 measured effects of MLP_OUTPUT",
+                "`attribution=True`",
+            ],
+        )
+        * 2,
+    ),
+    "heads": (
+        "units",
+        {"node_kinds": ["MLP_VALUE", "MLP_OUTPUT"]},
+        (["no HEAD_OUTPUT nodes", "trace HEAD_OUTPUT and ATTENTION_CONCAT"],) * 2,
+    ),
+    "shares and tokens": (
+        "units",
+        {"node_kinds": ["HEAD_OUTPUT", "MLP_VALUE"], "projections": False, "heads": 1}
+        | {"top_neurons": 2, "bottom_neurons": 1},
+        (
+            ["4 of 4 HEAD_OUTPUT nodes have no sum", "12 of 12 MLP_VALUE nodes have no sum"],
+            ["12 of 12 MLP_VALUE nodes have no projection"],
+        ),
+    ),
+    "norms": (
+        "norms",
+        {"node_kinds": ["MLP_INPUT", "RESIDUAL_MID"], "top_k": 0, "bottom_k": 1},
+        (
+            [
+                "ATTENTION_INPUT was not requested",
+                "ATTENTION_OUTPUT, ATTENTION_SUM, MLP_OUTPUT",
+                "4 of 4 norms of MLP_INPUT have no top tokens",
+            ],
+        )
+        * 2,
+    ),
+    "states before norms": (
+        "norms",
+        {"node_kinds": ["MLP_INPUT", "ATTENTION_INPUT", "BLOCK_INPUT", "BLOCK_OUTPUT"]},
+        (["4 of 4 MLP_INPUT nodes have no node before the norm", "trace BLOCK_INPUT"],) * 2,
+    ),
+    "states": (
+        "answers",
+        {"node_kinds": ["BLOCK_OUTPUT", "ATTENTION_OUTPUT"]},
+        (
+            [],
+            [
+                "RESIDUAL_MID was not requested",
+                "no MLP_OUTPUT nodes",
+                "4 of 4 ATTENTION_OUTPUT nodes have no direct contribution",
+            ],
+        ),
+    ),
+    "ranks": (
+        "answers",
+        {"projections": False},
+        (
+            ["4 of 4 BLOCK_OUTPUT nodes have no rank of the target"],
+            ["4 of 4 RESIDUAL_MID nodes have no rank of the target"],
+        ),
+    ),
+    "components and subjects": (
+        "gradients",
+        {"components": 1},
+        (
+            ["1 of 2 prompts have no subject"],
+            ["components are not in the survey", "request all with `components=0`"],
+        ),
+    ),
+    "probes": (
+        "edits",
+        {"etas": [0.1], "layers": [3]},
+        (
+            ["1 of 1 prompts have no probe labelled `paraphrase`", "`neighbour`"],
+            ["1 of 1 edits have no cosine"],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("lacking", GAPS)
+def test_report_says_what_it_leaves_out(
+    client: Client, out: Path, tmp_path: Path, lacking: str
+) -> None:
+    name, options, expected = GAPS[lacking]
+    rpc = REPORTS[name].rpc
+    asked = [*ONE, ONE[0] | {"subject": "Japan"}] if rpc == "gradient_lens" else ONE
+    asked = ASKED if name == "estimates" else asked
+    folders = [client.survey(asked, tmp_path / "lacking", rpc=rpc, **options).path]
+    if name == "estimates":
+        folders += [out / "heads", out / "mlps"]
+    report = januslens.report(name, *folders)
+    for table, parts in zip(report.tables, expected, strict=True):
+        said = " ".join(table.left_out)
+        assert all(part in said for part in parts), said
+        assert bool(parts) == bool(said)
+
+
+def test_page_and_terminal_say_what_a_report_leaves_out(client: Client, tmp_path: Path) -> None:
+    client.survey(ONE, tmp_path / "bare", projections=False)
+    page = tmp_path / "page.html"
+    run = CliRunner().invoke(
+        command, ["report", "answers", str(tmp_path / "bare"), "--html", str(page)]
+    )
+    assert run.exit_code == 0, run.output
+    printed = " ".join(run.output.split())
+    assert "left out: 4 of 4 BLOCK_OUTPUT nodes have no rank of the target" in printed
+    text = page.read_text()
+    assert "<b>Left out: </b>4 of 4 BLOCK_OUTPUT nodes" in text
+    assert "out of <code>brought</code>; trace with projections" in text
+    assert "`" not in text.split("<summary>SQL")[0]
+
+
 def test_command_prints_a_report_and_writes_its_page(out: Path, tmp_path: Path) -> None:
     page = tmp_path / "answers.html"
     run = CliRunner().invoke(

@@ -24,7 +24,7 @@ def test_every_example_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "guide"}
     examples = EXAMPLE.findall(GUIDE.read_text())
-    assert len(examples) == 9
+    assert len(examples) == 10
     for example in examples:
         code = compile(example.replace("127.0.0.1:50051", server_address), GUIDE.name, "exec")
         exec(code, names)  # noqa: S102 - our own documentation

@@ -57,6 +57,8 @@ def report(
         out.print(Text(found.source, "dim"))
         for one in found.tables:
             out.print(_section(one, rows))
+            for text in one.left_out:
+                out.print(Text(f"left out: {text.replace('`', '')}", "yellow"))
     if html:
         write_page(html, found.to_html())
 

@@ -1,7 +1,7 @@
 """The reports over surveys: what each asks, as SQL for DuckDB, and how its answer is drawn.
 
 A query reads views that have the names of a survey's tables. `{vocab_size}` is replaced by the
-size of the model's vocabulary.
+size of the model's vocabulary. A survey may lack what a query reads: gaps find that out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """What a table leaves out because the survey does not have it.
+
+    Attributes:
+        query: SQL that returns a row for each thing that is missing. The view `requested` has the
+            kinds of nodes that the survey was limited to; it is empty for all kinds.
+        text: What is left out and what to request; columns of the row are named in braces.
+    """
+
+    query: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Question:
     """One table of a report.
 
@@ -27,12 +41,14 @@ class Question:
         title: What the table has.
         text: What its columns mean, and what it does not show.
         query: The SQL.
+        gaps: What the table may leave out.
         draw: Draws the rows of the table; None = it has no figure.
     """
 
     title: str
     text: str
     query: str
+    gaps: tuple[Gap, ...] = ()
     draw: Callable[[pd.DataFrame], Element] | None = None
 
 
@@ -96,6 +112,40 @@ def _long(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str]) -> pd
     return kept.melt(id_vars=list(keys), var_name="curve", value_name="value")
 
 
+def _no_nodes(kind: str, text: str) -> Gap:
+    """Find out that a survey has no nodes of a kind."""
+    query = f"SELECT '{kind}' AS kind WHERE NOT EXISTS (SELECT * FROM nodes WHERE kind = '{kind}')"
+    return Gap(query, f"The survey has no {kind} nodes. {text}")
+
+
+def _not_requested(kinds: Sequence[str], text: str) -> Gap:
+    """Find out that kinds of nodes were not requested, which only some models have."""
+    listed = ", ".join(f"('{kind}')" for kind in kinds)
+    query = f"""
+SELECT string_agg(kind, ', ' ORDER BY kind) AS kinds
+FROM (VALUES {listed}) AS needed(kind)
+WHERE EXISTS (SELECT * FROM requested) AND kind NOT IN (SELECT kind FROM requested)
+HAVING count(*) > 0
+"""
+    return Gap(query, f"{{kinds}} was not requested. {text}")
+
+
+def _nodes_without(what: str, condition: str, kinds: Sequence[str], text: str) -> Gap:
+    """Find out how many nodes of some kinds lack something."""
+    listed = ", ".join(f"'{kind}'" for kind in kinds)
+    query = f"""
+SELECT kind, count(*) AS total, count(*) FILTER (WHERE {condition}) AS missing
+FROM nodes
+WHERE kind IN ({listed})
+GROUP BY kind
+HAVING missing > 0
+ORDER BY kind
+"""
+    return Gap(query, f"{{missing}} of {{total}} {{kind}} nodes have no {what}. {text}")
+
+
+_NO_TOKENS = "coalesce(len(top_token_ids), 0) = 0"
+
 # ---- Heads and neurons by frequency (VISIT 5) ---------------------------------------------------
 
 _FREQUENT = """
@@ -132,6 +182,23 @@ def _draw_frequent(frame: pd.DataFrame) -> Element:
     return _panels(rows, ("kind",), "curve", "value", None, described)
 
 
+_UNIT_GAPS = (
+    _no_nodes("HEAD_OUTPUT", "Heads are left out; trace HEAD_OUTPUT and ATTENTION_CONCAT."),
+    _no_nodes("MLP_VALUE", "Neurons are left out; trace MLP_VALUE, MLP_SUM and MLP_OUTPUT."),
+    _nodes_without(
+        "sum in the survey",
+        "sum IS NULL",
+        ["HEAD_OUTPUT"],
+        "Their shares are left out; trace ATTENTION_CONCAT as well.",
+    ),
+    _nodes_without(
+        "sum in the survey",
+        "sum IS NULL",
+        ["MLP_VALUE"],
+        "Their shares are left out; trace MLP_SUM and MLP_OUTPUT as well.",
+    ),
+)
+
 _UNITS = ReportKind(
     title="Heads and neurons by how often they are selected",
     rpc="trace",
@@ -147,6 +214,7 @@ _UNITS = ReportKind(
             "together have of their sum. Where all heads are selected, their frequency is 1 and "
             "shows nothing. The figure has log10(1 + number).",
             _FREQUENT_BY_LAYER,
+            _UNIT_GAPS,
             _draw_frequent,
         ),
         Question(
@@ -156,6 +224,15 @@ _UNITS = ReportKind(
             "fraction of these with a positive activation. The tokens are those of the neuron's "
             "value; with a negative activation it promotes the bottom ones.",
             _FREQUENT_UNITS,
+            (
+                *_UNIT_GAPS,
+                _nodes_without(
+                    "projection",
+                    _NO_TOKENS,
+                    ["MLP_VALUE"],
+                    "Their tokens are left out; trace with projections and `top_k` above 0.",
+                ),
+            ),
         ),
     ),
 )
@@ -203,12 +280,48 @@ def _draw_overlaps(frame: pd.DataFrame) -> Element:
     return _panels(rows, ("norm",), "curve", "value", (0, 1), described)
 
 
+_NORM_GAPS = (
+    _not_requested(
+        ["ATTENTION_INPUT", "MLP_INPUT"],
+        "The norms before these are left out, if the model has them; trace these kinds, and "
+        "BLOCK_INPUT, RESIDUAL_MID and BLOCK_OUTPUT.",
+    ),
+    _not_requested(
+        ["ATTENTION_SUM", "ATTENTION_OUTPUT", "MLP_SUM", "MLP_OUTPUT"],
+        "Norms after attention or the MLP are left out, if the model has them; trace these kinds.",
+    ),
+    _nodes_without(
+        "node before the norm in the survey",
+        "id NOT IN (SELECT target FROM edges WHERE edges.prompt = nodes.prompt)",
+        ["ATTENTION_INPUT", "MLP_INPUT"],
+        "These norms are left out; trace BLOCK_INPUT, RESIDUAL_MID and BLOCK_OUTPUT as well.",
+    ),
+    Gap(
+        f"""
+SELECT after.kind AS kind, count(*) AS total,
+       count(*) FILTER (WHERE before.bare OR after.bare) AS missing
+FROM edges
+JOIN (SELECT *, {_NO_TOKENS} AS bare FROM nodes) AS before
+    ON before.prompt = edges.prompt AND before.id = edges.source
+JOIN (SELECT *, {_NO_TOKENS} AS bare FROM nodes) AS after
+    ON after.prompt = edges.prompt AND after.id = edges.target
+WHERE edges.kind = 'NORM' AND after.kind != 'FINAL_NORM'
+GROUP BY after.kind
+HAVING missing > 0
+ORDER BY after.kind
+""",
+        "{missing} of {total} norms of {kind} have no top tokens and are left out. Trace with "
+        "projections and `top_k` above 0.",
+    ),
+)
+
 _NORMS_REPORT = ReportKind(
     title="Norms as filters",
     rpc="trace",
     tables=("edges", "nodes"),
     request='client.survey(prompts, out, node_kinds=["BLOCK_INPUT", "ATTENTION_INPUT", '
-    '"RESIDUAL_MID", "MLP_INPUT", "BLOCK_OUTPUT"], top_k=10)',
+    '"ATTENTION_SUM", "ATTENTION_OUTPUT", "RESIDUAL_MID", "MLP_INPUT", "MLP_SUM", "MLP_OUTPUT", '
+    '"BLOCK_OUTPUT"], top_k=10)',
     questions=(
         Question(
             "Overlap before and after each norm",
@@ -218,6 +331,7 @@ _NORMS_REPORT = ReportKind(
             "low overlap shows what the weights of the norm change, and not its scaling. The final "
             "norm itself is left out, because its overlap is 1 by definition.",
             _OVERLAPS,
+            _NORM_GAPS,
             _draw_overlaps,
         ),
         Question(
@@ -225,6 +339,7 @@ _NORMS_REPORT = ReportKind(
             "`removed` is the fraction of pairs in which the token is a top token before the norm "
             "but not after it; five tokens for each norm.",
             _REMOVED,
+            _NORM_GAPS,
         ),
     ),
 )
@@ -304,6 +419,15 @@ _ANSWERS = ReportKind(
             "lens is known to be unreliable in early layers, so a low rank there does not show "
             "that the model has the answer.",
             _RANKS,
+            (
+                _no_nodes("BLOCK_OUTPUT", "The table is empty; trace BLOCK_OUTPUT."),
+                _nodes_without(
+                    "rank of the target",
+                    "target_rank IS NULL",
+                    ["BLOCK_OUTPUT"],
+                    "They are left out; trace with projections.",
+                ),
+            ),
             _draw_ranks,
         ),
         Question(
@@ -314,6 +438,44 @@ _ANSWERS = ReportKind(
             "logit, in logits, and `positive` the fraction where it is above 0. A component that "
             "prepares the answer for a later one has no direct contribution.",
             _BRINGERS,
+            (
+                _no_nodes("BLOCK_OUTPUT", "`brought` is empty; trace BLOCK_OUTPUT."),
+                Gap(
+                    """
+SELECT 'RESIDUAL_MID' AS kind
+WHERE EXISTS (SELECT * FROM requested)
+    AND NOT EXISTS (SELECT * FROM requested WHERE kind = 'RESIDUAL_MID')
+    AND NOT EXISTS (
+        SELECT * FROM nodes WHERE kind = 'ATTENTION_OUTPUT' AND contains(sum, '/BLOCK_OUTPUT')
+    )
+""",
+                    "RESIDUAL_MID was not requested. `brought` does not distinguish attention and "
+                    "MLP of a layer; trace RESIDUAL_MID, which all models but those with parallel "
+                    "blocks have.",
+                ),
+                _nodes_without(
+                    "rank of the target",
+                    "target_rank IS NULL",
+                    ["RESIDUAL_MID", "BLOCK_OUTPUT"],
+                    "They are left out of `brought`; trace with projections.",
+                ),
+                _no_nodes(
+                    "ATTENTION_OUTPUT",
+                    "The contributions of attention are left out; trace ATTENTION_OUTPUT, and its "
+                    "sums RESIDUAL_MID and BLOCK_OUTPUT.",
+                ),
+                _no_nodes(
+                    "MLP_OUTPUT",
+                    "The contributions of MLPs are left out; trace MLP_OUTPUT and BLOCK_OUTPUT.",
+                ),
+                _nodes_without(
+                    "direct contribution",
+                    "logit_contribution IS NULL",
+                    ["ATTENTION_OUTPUT", "MLP_OUTPUT"],
+                    "They are left out of `mean_contribution`; trace their sums RESIDUAL_MID and "
+                    "BLOCK_OUTPUT as well, and request direct contributions.",
+                ),
+            ),
             _draw_bringers,
         ),
     ),
@@ -330,23 +492,23 @@ FROM (
 GROUP BY kind, segment, layer
 ORDER BY kind, segment, layer
 """
-_PROMOTED = """
-WITH last AS (
-    SELECT components.*, token_count - len(losses.target_token_ids) AS last_position
+_LAST_COMPONENTS = """
+SELECT kind, layer,
+       CASE WHEN promoted_end = 'BOTTOM' THEN {vocab_size} - 1 - target_ranks[1]
+            ELSE target_ranks[1] END AS rank,
+       part
+FROM (
+    SELECT components.*, token_count - len(losses.target_token_ids) AS last_position,
+           size / nullif(sum(size) OVER (PARTITION BY prompt, kind, layer, expert), 0) AS part
     FROM components JOIN prompts USING (prompt) JOIN losses USING (prompt)
-), ranks AS (
-    SELECT kind, layer,
-           CASE WHEN promoted_end = 'BOTTOM' THEN {vocab_size} - 1 - target_ranks[1]
-                ELSE target_ranks[1] END AS rank,
-           size / nullif(sum(size) OVER (PARTITION BY prompt, kind, layer, expert), 0) AS part,
-           position = last_position AS is_last
-    FROM last
 )
+WHERE position = last_position
+"""
+_PROMOTED = f"""
 SELECT kind, layer, count(rank) AS prompts, median(rank) AS median_rank,
        avg((rank = 0)::INTEGER) AS first, avg((rank < 10)::INTEGER) AS in_top_10,
        avg(part) AS part_of_last
-FROM ranks
-WHERE is_last
+FROM ({_LAST_COMPONENTS})
 GROUP BY kind, layer
 ORDER BY kind, layer
 """
@@ -366,7 +528,7 @@ def _draw_promoted(frame: pd.DataFrame) -> Element:
 _GRADIENTS = ReportKind(
     title="Gradients by segment and layer",
     rpc="gradient_lens",
-    tables=("components", "losses", "prompts", "segments"),
+    tables=("components", "losses", "matrices", "prompts", "segments"),
     request='client.survey(prompts, out, rpc="gradient_lens", components=0, lens="NORMALIZED"), '
     "where each prompt has a target and a subject",
     questions=(
@@ -377,6 +539,17 @@ _GRADIENTS = ReportKind(
             "matrix, so that prompts with large losses do not outweigh the others; the figure "
             "has it. In the last layer, only the last position has a gradient of FF1, FF2, Q or O.",
             _SEGMENTS,
+            (
+                Gap(
+                    """
+SELECT count(*) AS total, count(*) FILTER (WHERE subject IS NULL) AS missing
+FROM prompts
+HAVING missing > 0
+""",
+                    "{missing} of {total} prompts have no subject and are left out. Give each "
+                    "prompt a `subject`.",
+                ),
+            ),
             _draw_segments,
         ),
         Question(
@@ -384,9 +557,32 @@ _GRADIENTS = ReportKind(
             "For the component of the last position of the prompt: the rank of the target at the "
             "end that a descent step promotes (0 = promoted most). For matrices whose input is "
             "projected, no end is promoted, and the rank is that from the top. `part_of_last` is "
-            "the mean part of the sizes of all components that this one has. Only components with "
-            "a projection count.",
+            "the mean part of the sizes of all components that this one has.",
             _PROMOTED,
+            (
+                Gap(
+                    """
+SELECT total, total - found AS missing
+FROM (SELECT sum(component_count)::BIGINT AS total FROM matrices),
+     (SELECT count(*) AS found FROM components)
+WHERE found < total
+""",
+                    "{missing} of {total} components are not in the survey. `part_of_last` is the "
+                    "part of those that are, and a prompt counts only where that of its last "
+                    "position is; request all with `components=0`.",
+                ),
+                Gap(
+                    f"""
+SELECT kind, count(*) AS total, count(*) FILTER (WHERE rank IS NULL) AS missing
+FROM ({_LAST_COMPONENTS})
+GROUP BY kind
+HAVING missing > 0
+ORDER BY kind
+""",
+                    "{missing} of {total} components of the last position of {kind} have no "
+                    "projection, and their ranks are left out.",
+                ),
+            ),
             _draw_promoted,
         ),
     ),
@@ -431,6 +627,20 @@ ORDER BY layer
 """
 
 
+def _no_probes(label: str, columns: str) -> Gap:
+    """Find out how many prompts have no probes with a label."""
+    query = f"""
+SELECT count(*) AS total, count(*) FILTER (WHERE NOT probed) AS missing
+FROM (SELECT coalesce(bool_or(label = '{label}'), false) AS probed FROM edits GROUP BY prompt)
+HAVING missing > 0
+"""
+    text = (
+        f"{{missing}} of {{total}} prompts have no probe labelled `{label}`, and are left out of "
+        f"{columns}. Give each prompt such `probes`."
+    )
+    return Gap(query, text)
+
+
 def _draw_edits(frame: pd.DataFrame) -> Element:
     rows = _long(frame, ("strength", "layer"), ("success", "paraphrases", "specificity"))
     described = "Success, paraphrases and specificity of edits, by strength and layer"
@@ -460,6 +670,10 @@ _EDITS_REPORT = ReportKind(
             "fraction of facts where it adds something, and `neighbour_kl_bits` the mean KL "
             "divergence of the neighbours' predictions. Each edit is previewed alone.",
             _EDITS,
+            (
+                _no_probes("paraphrase", "`paraphrases`"),
+                _no_probes("neighbour", "`specificity` and `neighbour_kl_bits`"),
+            ),
             _draw_edits,
         ),
         Question(
@@ -468,9 +682,20 @@ _EDITS_REPORT = ReportKind(
             "same matrix: 1 = the same direction, 0 = orthogonal. `mean_cosine` is the mean over "
             "the facts, with the lowest and the highest, and `positive` the fraction above 0. The "
             "size of the shift does not matter. A shift that agrees with the gradient may be too "
-            "small or too large to succeed. Empty unless the survey has forward-pass shifts and "
-            "`gradient_cosine=True`.",
+            "small or too large to succeed.",
             _AGREEMENT,
+            (
+                Gap(
+                    """
+SELECT count(*) AS total, count(*) FILTER (WHERE gradient_cosine IS NULL) AS missing
+FROM (SELECT DISTINCT prompt, layer, strength, gradient_cosine FROM edits)
+HAVING missing > 0
+""",
+                    "{missing} of {total} edits have no cosine and are left out. Preview "
+                    "forward-pass shifts, with `etas` and `gradient_cosine=True`; a descent step "
+                    "has no cosine.",
+                ),
+            ),
             _draw_agreement,
         ),
     ),
@@ -479,16 +704,18 @@ _EDITS_REPORT = ReportKind(
 # ---- Estimated and measured effects -------------------------------------------------------------
 
 # `measured` has the effects of all surveys of experiments, with `kind`.
-_PAIRS = """
+_NODE_OF = """
+measured LEFT JOIN nodes ON nodes.prompt = measured.prompt AND nodes.kind = measured.kind
+    AND nodes.layer = measured.layer AND nodes.position = measured.read_position
+    AND nodes.head IS NOT DISTINCT FROM measured.head
+    AND nodes.neuron IS NOT DISTINCT FROM measured.neuron
+    AND nodes.expert IS NULL
+"""
+_PAIRS = f"""
 SELECT nodes.kind, nodes.layer, nodes.logit_contribution AS contribution, nodes.attribution,
        -measured.logit_effect AS effect
-FROM nodes
-JOIN measured ON measured.prompt = nodes.prompt AND measured.kind = nodes.kind
-    AND measured.layer = nodes.layer AND measured.read_position = nodes.position
-    AND measured.head IS NOT DISTINCT FROM nodes.head
-    AND measured.neuron IS NOT DISTINCT FROM nodes.neuron
+FROM {_NODE_OF}
 WHERE nodes.logit_contribution IS NOT NULL AND nodes.attribution IS NOT NULL
-    AND nodes.expert IS NULL
 """
 _FIGURES = """
        count(*) AS parts,
@@ -510,6 +737,42 @@ FROM ({_PAIRS})
 GROUP BY kind
 ORDER BY kind
 """
+
+
+def _unpaired(condition: str, what: str, advice: str) -> Gap:
+    """Find out how many measured effects have no estimates."""
+    query = f"""
+SELECT measured.kind AS kind, count(*) AS total, count(*) FILTER (WHERE {condition}) AS missing,
+       CASE measured.kind WHEN 'HEAD_OUTPUT' THEN 'ATTENTION_CONCAT'
+           WHEN 'MLP_VALUE' THEN 'MLP_SUM and MLP_OUTPUT'
+           WHEN 'ATTENTION_OUTPUT' THEN 'RESIDUAL_MID and BLOCK_OUTPUT'
+           ELSE 'BLOCK_OUTPUT' END AS sums
+FROM {_NODE_OF}
+GROUP BY measured.kind
+HAVING missing > 0
+ORDER BY measured.kind
+"""
+    text = f"{{missing}} of {{total}} measured effects of {{kind}} are left out: {what}. {advice}"
+    return Gap(query, text)
+
+
+_ESTIMATE_GAPS = (
+    _unpaired(
+        "nodes.id IS NULL",
+        "the traces have no node for them",
+        "Trace {kind} and {sums} at the last position, with `heads=0` for all heads.",
+    ),
+    _unpaired(
+        "nodes.id IS NOT NULL AND nodes.sum IS NULL",
+        "the traces do not have the sum that the node is a part of",
+        "Trace {sums} as well.",
+    ),
+    _unpaired(
+        "nodes.sum IS NOT NULL AND (nodes.logit_contribution IS NULL OR nodes.attribution IS NULL)",
+        "the traces have no direct contribution or no attribution of them",
+        "Trace with `attribution=True`.",
+    ),
+)
 
 
 def _draw_estimates(frame: pd.DataFrame) -> Element:
@@ -536,11 +799,13 @@ _ESTIMATES = ReportKind(
             "how often the signs agree. A correlation does not show that an estimate has the right "
             "size.",
             _BY_KIND,
+            _ESTIMATE_GAPS,
         ),
         Question(
             "By kind and layer",
             "The same within each layer. A layer with few parts has unsteady correlations.",
             _BY_LAYER,
+            _ESTIMATE_GAPS,
             _draw_estimates,
         ),
     ),

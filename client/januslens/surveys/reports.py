@@ -43,6 +43,7 @@ class ReportTable:
         query: The SQL that DuckDB has run; views have the names of the survey's tables.
         frame: The rows.
         figure: The figure as the text of an SVG file; None = the table has none.
+        left_out: What the rows leave out because the surveys do not have it, and what to request.
     """
 
     title: str
@@ -50,6 +51,7 @@ class ReportTable:
     query: str = field(repr=False)
     frame: pd.DataFrame = field(repr=False)
     figure: str | None = field(repr=False)
+    left_out: tuple[str, ...]
     _drawn: Element | None = field(repr=False)
 
 
@@ -93,6 +95,7 @@ class Report:
             if table._drawn is not None:  # noqa: SLF001 - our own record
                 yield html.element("p", table._drawn)  # noqa: SLF001
             yield _table(table)
+            yield from (html.warning(text) for text in table.left_out)
             yield html.note(table.text)
             query = html.element("pre", table.query.strip())
             yield html.element("details", html.element("summary", "SQL"), query)
@@ -180,7 +183,7 @@ def _removed_kind(survey: Survey) -> str:
 def _create_views(
     connection: duckdb.DuckDBPyConnection, kind: ReportKind, surveys: Sequence[Survey]
 ) -> None:
-    """Create a view for each table that a report reads, and `measured` of experiments."""
+    """Create views of the tables that a report reads, of `measured` effects, and `requested`."""
     first, *experiments = surveys
     for table in kind.tables:
         connection.from_arrow(first.dataset(table)).create_view(table)
@@ -192,16 +195,29 @@ def _create_views(
     ]
     if measured:
         reduce(lambda one, other: one.union(other), measured).create_view("measured")
+    kinds = first.manifest["request"].get("node_kinds", [])
+    names = [(name.removeprefix("NODE_KIND_"),) for name in kinds]
+    connection.execute("CREATE TABLE requested (kind VARCHAR)")
+    if names:
+        connection.executemany("INSERT INTO requested VALUES (?)", names)
 
 
 def _answered(
     connection: duckdb.DuckDBPyConnection, question: Question, sizes: dict[str, int]
 ) -> ReportTable:
-    query = question.query.replace("{vocab_size}", str(sizes["vocab_size"]))
+    def sized(sql: str) -> str:
+        return sql.replace("{vocab_size}", str(sizes["vocab_size"]))
+
+    query = sized(question.query)
     frame = connection.sql(query).df()
     drawn = question.draw(frame) if question.draw is not None and len(frame) else None
+    left_out = tuple(
+        gap.text.format(**row)
+        for gap in question.gaps
+        for row in connection.sql(sized(gap.query)).df().to_dict("records")
+    )
     figure = None if drawn is None else svg(drawn)
-    return ReportTable(question.title, question.text, query, frame, figure, drawn)
+    return ReportTable(question.title, question.text, query, frame, figure, left_out, drawn)
 
 
 def _counted(survey: Survey) -> str:
