@@ -107,10 +107,10 @@ class Connection:
 
         Raises:
             TypeError: The address or token is not text, or the timeout is not a number.
-            ValueError: The address, token or metadata holds invalid characters, or the timeout is
-                negative.
+            ValueError: The address is a URL or has an invalid port, the token or metadata holds
+                invalid characters, or the timeout is negative.
         """
-        checked_text(self.address, "address")
+        _check_address(self.address)
         checked_timeout(self.timeout)
         for key, value in self.metadata:
             _check_metadata(key, value)
@@ -175,6 +175,37 @@ class Attempt:
         """Return the exception for a failed call; `partial` is the received part of a stream."""
         address = self.connection.address
         return exception_from(call, self.request_id, address, partial, interrupted)
+
+
+# Schemes of gRPC's own names, such as `dns:///janus:50051` and `xds:///janus`.
+_NAME_SCHEMES = {"dns", "google-c2p", "ipv4", "ipv6", "passthrough", "unix", "unix-abstract", "xds"}
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://([^/]*)", re.IGNORECASE)
+_LAST_PORT = 65_535
+
+
+def _check_address(address: str) -> None:
+    """Raise if an address is a URL, or if its port does not exist.
+
+    gRPC would look up the whole URL as a host name, and use a port modulo 65536.
+    """
+    url = _URL.match(checked_text(address, "address"))
+    if url is not None and (scheme := url[1].lower()) not in _NAME_SCHEMES:
+        tls = " with secure=True (--secure)" if scheme in {"https", "grpcs"} else ""
+        raise ValueError(
+            f"invalid address {address!r}; the client speaks gRPC and expects host:port, not a "
+            f"URL; give {_with_port(url[2])!r}{tls}"
+        )
+    for target in _targets(address):
+        port = _port(target)
+        if port.isdecimal() and int(port) > _LAST_PORT:
+            raise ValueError(
+                f"invalid address {address!r}; expected a port of at most {_LAST_PORT}"
+            )
+
+
+def _with_port(target: str) -> str:
+    """Return an address with the default port of a server if it has no port."""
+    return target if _port(target) else target + DEFAULT_ADDRESS[DEFAULT_ADDRESS.rindex(":") :]
 
 
 def _check_metadata(key: str, value: str | bytes) -> None:
@@ -257,12 +288,16 @@ def poll_seconds(waited: float) -> float:
 
 def is_loopback(address: str) -> bool:
     """Whether all hosts of a gRPC address, such as `dns:///localhost:50051`, are loopback."""
+    return all(_is_loopback_host(_host(target)) for target in _targets(address))
+
+
+def _targets(address: str) -> Sequence[str]:
+    """Return the `host:port` pairs of a gRPC address; none for a socket in the file system."""
     scheme, separator, rest = address.partition(":")
     if separator and scheme in {"unix", "unix-abstract"}:
-        return True
+        return ()
     listed = separator and scheme in {"dns", "ipv4", "ipv6", "passthrough"}
-    targets = unquote(rest if listed else address).rpartition("/")[2].split(",")
-    return all(_is_loopback_host(_host(target)) for target in targets)
+    return unquote(rest if listed else address).rpartition("/")[2].split(",")
 
 
 def _host(target: str) -> str:
@@ -270,6 +305,13 @@ def _host(target: str) -> str:
     if target.startswith("["):
         return target[1:].partition("]")[0]
     return target.partition(":")[0] if target.count(":") == 1 else target
+
+
+def _port(target: str) -> str:
+    """Return the port of an address `host:port`, `[host]:port` or `host`; empty = none."""
+    if target.startswith("["):
+        return target.rpartition("]")[2].removeprefix(":")
+    return target.partition(":")[2] if target.count(":") == 1 else ""
 
 
 def _is_loopback_host(host: str) -> bool:
@@ -363,23 +405,34 @@ def exception_from(
 def _message(call: FailedCall, details: errors.ErrorDetails, address: str) -> str:
     text = call.details() or call.code().name
     if call.code() is grpc.StatusCode.UNAVAILABLE and not details.reason:
-        return f"no answer from {address}: {text}{_tls_advice(text)}"
+        return f"no answer from {address}: {text}{_advice(text, address)}"
     return text
 
 
-# What gRPC reports when one end uses TLS and the other does not, or does not trust it.
-_TLS_ADVICE = {
-    "WRONG_VERSION_NUMBER": "the server does not use TLS; connect without it",
-    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted; give its authority",
-    "Socket closed": "the server may require TLS",
+# What gRPC reports of a connection that fails, and its probable cause. The first match counts.
+_CAUSES = {
+    "WRONG_VERSION_NUMBER": "the server does not use TLS, or the port is not its gRPC port; "
+    "connect without TLS, or give the gRPC port",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted; set root_certificates "
+    "to the PEM file of its authority",
+    "Hostname Verification": "the server's certificate is for another name; connect with a name "
+    "that the certificate has",
+    "Expected SETTINGS frame": "the port does not serve gRPC; give the server's gRPC port, not "
+    "that of its metrics",
+    "Socket closed": "the server may require TLS; set secure=True or root_certificates",
+    "Connection refused": "is januslens-server running there?",
 }
+_NO_PORT = "the address has no port, for which gRPC uses 443; give host:port"
 
 
-def _tls_advice(text: str) -> str:
-    """Explain a failed connection whose cause is probably TLS; empty for other causes."""
+def _advice(text: str, address: str) -> str:
+    """Explain a failed connection by its probable cause; empty if the cause is unknown."""
+    advice = next((cause for sign, cause in _CAUSES.items() if sign in text), "")
     if "connections to all backends failing" not in text:
-        return ""
-    return next((f" ({advice})" for sign, advice in _TLS_ADVICE.items() if sign in text), "")
+        advice = ""
+    if not address.startswith(("xds:", "google-c2p:")) and not all(map(_port, _targets(address))):
+        advice = _NO_PORT
+    return advice and f" ({advice})"
 
 
 def _error_details(call: FailedCall, request_id: str) -> errors.ErrorDetails:

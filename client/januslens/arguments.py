@@ -91,6 +91,13 @@ def input_message(prompt: Prompt | None, messages: Messages | None = None) -> co
             literal=prompt.literal,
         )
     ids = several(prompt, "prompt", "text or token ids")
+    if isinstance(prompt, (list, tuple)) and any(
+        isinstance(item, (str, Mapping)) for item in prompt
+    ):
+        raise TypeError(
+            f"invalid prompt {prompt!r}; expected text or token ids; give a conversation as "
+            "messages=[...] or Chat([...]), and several prompts one after the other or as a survey"
+        )
     return common_pb2.Input(token_ids=token_ids(ids, "prompt"))
 
 

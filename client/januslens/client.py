@@ -69,7 +69,8 @@ class Client(Lenses, Passes):
 
     Args:
         address: `host:port` of the server, or a name that gRPC resolves, such as
-            `dns:///januslens-headless:50051`; calls are balanced over all of its addresses.
+            `dns:///januslens-headless:50051`; calls are balanced over all of its addresses. gRPC
+            uses port 443 for an address without a port.
         token: Bearer token, sent as `authorization: Bearer ...`. Without TLS, others on the network
             can read it.
         timeout: Maximum seconds for calls that are made without a timeout; None = no limit.
@@ -90,8 +91,8 @@ class Client(Lenses, Passes):
 
     Raises:
         TypeError: The timeout is not a number, or a value of the metadata has an invalid type.
-        ValueError: The timeout is negative or NaN, the metadata is not valid, or there are both
-            credentials and certificates.
+        ValueError: The address is a URL, the timeout is negative or NaN, the metadata is not valid,
+            or there are both credentials and certificates.
         OSError: A certificate cannot be read.
     """
 

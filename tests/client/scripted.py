@@ -11,16 +11,18 @@ from typing import Any
 
 import grpc
 
-from januslens.v1 import models_pb2, neurons_pb2, trace_pb2
+from januslens.v1 import admin_pb2, models_pb2, neurons_pb2, trace_pb2
 
 SERVICE = "januslens.v1.IntrospectionService"
+ADMIN = "januslens.v1.AdminService"
 
 
 @dataclass
 class Script:
     """Sends `responses`; then ends, or with `hangs` waits until the caller leaves.
 
-    Offers ListModels, FindNeurons and Trace only. `called` and `left` are set when a call begins
+    Offers ListModels, FindNeurons and Trace, and to load a model that stays as it is in the first
+    page. `called` and `left` are set when a call begins
     and ends.
     """
 
@@ -48,6 +50,18 @@ class Script:
         self._come(context)
         return self.pages[int(request.page_token or 0)]
 
+    def load_model(
+        self, _request: admin_pb2.LoadModelRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.LoadModelResponse:
+        self._come(context)
+        return admin_pb2.LoadModelResponse(model=self.pages[0].models[0])
+
+    def get_model(
+        self, _request: models_pb2.GetModelRequest, context: grpc.ServicerContext
+    ) -> models_pb2.GetModelResponse:
+        self._come(context)
+        return models_pb2.GetModelResponse(model=self.pages[0].models[0])
+
     def find_neurons(
         self, request: neurons_pb2.FindNeuronsRequest, context: grpc.ServicerContext
     ) -> neurons_pb2.FindNeuronsResponse:
@@ -74,14 +88,29 @@ def serving(script: Script, address: str = "127.0.0.1:0") -> Iterator[str]:
             models_pb2.ListModelsRequest.FromString,
             models_pb2.ListModelsResponse.SerializeToString,
         ),
+        "GetModel": grpc.unary_unary_rpc_method_handler(
+            script.get_model,
+            models_pb2.GetModelRequest.FromString,
+            models_pb2.GetModelResponse.SerializeToString,
+        ),
         "FindNeurons": grpc.unary_unary_rpc_method_handler(
             script.find_neurons,
             neurons_pb2.FindNeuronsRequest.FromString,
             neurons_pb2.FindNeuronsResponse.SerializeToString,
         ),
     }
+    admin: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "LoadModel": grpc.unary_unary_rpc_method_handler(
+            script.load_model,
+            admin_pb2.LoadModelRequest.FromString,
+            admin_pb2.LoadModelResponse.SerializeToString,
+        ),
+    }
     server = grpc.server(futures.ThreadPoolExecutor(4))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    offered = ((SERVICE, handlers), (ADMIN, admin))
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(name, methods) for name, methods in offered]
+    )
     port = server.add_insecure_port(address)
     server.start()
     try:

@@ -34,6 +34,7 @@ from januslens.cli.options import interruptible, layer_list, matrix_list, positi
 from januslens.cli.program import januslens
 from januslens.cli.tables import file_size
 from januslens.cli.trace import trace as trace_command
+from januslens.v1 import models_pb2
 from tests.client.messages import trace_stream
 from tests.client.scripted import Script, serving
 
@@ -91,6 +92,9 @@ def test_layers_and_positions_are_parsed_from_lists_and_ranges() -> None:
         (["models", "--token", "ä"], "invalid token; expected printable ASCII characters"),
         (["ui", "--token", "ä"], "invalid token; expected printable ASCII characters"),
         (["models", "--server", "a\udcff"], "invalid address: character 1 is the lone surrogate"),
+        (["models", "--server", "http://h:5"], "expects host:port, not a URL; give 'h:5'"),
+        (["models", "--server", "https://h"], "give 'h:50051' with secure=True (--secure)"),
+        (["models", "--server", "h:50051000"], "expected a port of at most 65535"),
         (["trace", "a\udcff"], "invalid prompt: character 1 is the lone surrogate"),
         (["trace", "x", "--client-key", __file__], "--client-certificate is missing"),
         (["project", __file__], "unsupported file 'test_cli.py'; expected .npy or .safetensors"),
@@ -111,8 +115,39 @@ def test_wrong_usage_exits_with_2_and_one_line_with_a_hint(
 def test_unreachable_server_exits_with_1() -> None:
     result = run("models", "--server", "127.0.0.1:1")
     assert result.exit_code == 1
-    assert "no answer from 127.0.0.1:1" in result.stderr
-    assert "--server" in result.stderr
+    line, hint = result.stderr.splitlines()
+    assert "no answer from 127.0.0.1:1" in line
+    assert line.endswith("(is januslens-server running there?)")
+    assert hint.startswith("set the address with --server or JANUSLENS_SERVER")
+
+
+def test_a_port_that_is_missing_is_named_in_the_error() -> None:
+    result = run("models", "--server", "127.0.0.1", "--timeout", "20")
+    assert result.exit_code == 1
+    assert "the address has no port, for which gRPC uses 443; give host:port" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        (["--server", "h:1", "models"], "'januslens trace --server ...'"),
+        (["admin", "--server", "h:1", "unload", "x"], "'januslens admin load --server ...'"),
+    ],
+)
+def test_an_option_before_its_command_is_explained(arguments: list[str], example: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"give --server after the command, such as {example}\n")
+
+
+def test_a_model_that_makes_no_progress_is_not_waited_for_without_end() -> None:
+    model = models_pb2.Model(name="x", state=models_pb2.Model.STATE_LOADING, loaded_fraction=0.5)
+    with serving(Script(pages=[models_pb2.ListModelsResponse(models=[model])])) as address:
+        load = ["admin", "load", "x", "/x", "--server", address, "--stall-timeout"]
+        result = run(*load, "0.3")
+    assert result.exit_code == 1
+    assert "no progress of loading 'x' for 0.3 s (50 %)" in result.stderr
+    assert "'januslens admin unload x'" in result.stderr
 
 
 def test_help_and_version_end_with_0() -> None:
@@ -144,6 +179,20 @@ def test_every_option_is_an_argument_of_the_verb(
     connection |= {"literal", "no_special_tokens", "system", "user", "assistant"}  # of the prompt
     options = {parameter.name for parameter in command.params} - own - connection
     assert options <= set(inspect.signature(verb).parameters)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([PROMPT, "--target", "Tokyo"], "expected a single token, such as ' Tokyo'"),
+        (["word " * 200], "expected at most 96, the context of demo, got more"),
+    ],
+)
+def test_an_error_of_the_server_says_what_it_accepts(arguments: list[str], words: str) -> None:
+    result = run("trace", *arguments)
+    assert result.exit_code == 1
+    assert words in result.stderr
 
 
 @pytest.mark.usefixtures("demo")

@@ -110,5 +110,5 @@ def test_doctor_names_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(metadata, "version", version)
     done = CliRunner().invoke(program, ["doctor", "some-model"])
     assert done.exit_code == 1
-    assert "  extra server: missing torch; pip install 'januslens[server]'" in done.output
+    assert "run pip install 'januslens[server]' (missing torch)" in done.output
     assert done.output.endswith("models are not checked: the extra server is not installed\n")

@@ -197,6 +197,12 @@ def test_vectors_travel_as_rows() -> None:
         (lambda: trace([]), ValueError, "prompt is empty"),
         (lambda: trace([-1]), ValueError, "token ids of prompt: -1 is not between 0 and"),
         (lambda: trace([1.0]), TypeError, "token ids of prompt: 1.0 is not an integer"),
+        (
+            lambda: trace([{"role": "user"}]),
+            TypeError,
+            "give a conversation as messages=",
+        ),
+        (lambda: trace(["x", "y"]), TypeError, "several prompts one after the other"),
         (lambda: trace(b"x"), TypeError, "invalid prompt b'x'; expected text or token ids"),
         (lambda: trace("x", ""), ValueError, "target is empty"),
         (lambda: trace("x", True), TypeError, "token ids of target: True is not an integer"),

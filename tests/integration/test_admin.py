@@ -210,6 +210,12 @@ def test_the_command_loads_and_unloads(site: Site) -> None:
     assert site.run("unload", "broken")[0] == 0
 
 
+def test_the_command_names_the_option_of_a_missing_token(site: Site) -> None:
+    found = CliRunner().invoke(command, ["models", "--server", site.server.address])
+    assert found.exit_code == 1
+    assert found.output.endswith("set the token with --token or JANUSLENS_TOKEN\n")
+
+
 def test_without_callers_and_loadable_models_cannot_be_changed(server: ServerProcess) -> None:
     with januslens.Client(server.address, timeout=60) as client:
         with pytest.raises(januslens.errors.PermissionDenied, match="enable it with --loadable"):

@@ -63,9 +63,11 @@ def test_client_explains_a_connection_that_fails_because_of_tls(
     secured: ServerProcess, server: ServerProcess
 ) -> None:
     trusting_others = grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes())
+    metrics = server.metrics_url.removeprefix("http://").removesuffix("/metrics")
     for address, credentials, advice in (
+        (metrics, None, "give the server's gRPC port, not that of its metrics"),
         (secured.address, None, "the server may require TLS"),
-        (secured.address, trusting_others, "certificate is not trusted; give its authority"),
+        (secured.address, trusting_others, "certificate is not trusted; set root_certificates"),
         (server.address, trusting_others, "the server does not use TLS"),
     ):
         with (

@@ -8,7 +8,7 @@ import click
 
 from januslens._connection import poll_seconds
 from januslens._presentation import loading_step
-from januslens.cli.options import with_client
+from januslens.cli.options import Number, with_client
 from januslens.client import Client
 from januslens.results.models import Model
 
@@ -23,24 +23,51 @@ def admin() -> None:
 @click.argument("source")
 @click.option("--revision", default="", help="Branch, tag or commit of a hub model.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until the model is loaded.")
+@click.option(
+    "--stall-timeout",
+    type=Number(0.001, infinite=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop waiting if loading makes no progress for this long.",
+)
 @with_client
 def load(
-    client: Client, as_json: bool, /, *, name: str, source: str, revision: str, no_wait: bool
+    client: Client,
+    as_json: bool,
+    /,
+    *,
+    name: str,
+    source: str,
+    revision: str,
+    no_wait: bool,
+    stall_timeout: float,
 ) -> None:
     """Load the model SOURCE as NAME.
 
     SOURCE is an absolute path on the server, or a hub id. The server's --loadable lists the allowed
-    folders and hub ids. Waits until the model is loaded; exits with 1 if it is FAILED.
+    folders and hub ids. Waits until the model is loaded; exits with 1 if it is FAILED, or if
+    loading makes no progress, which does not end the loading.
     """
     model = client.load_model(name, source, revision=revision)
-    started = time.monotonic()
+    started = progressed = time.monotonic()
+    loaded = {} if no_wait else _loaded(client)
     while model.state == "LOADING" and not no_wait:
         if not as_json:
             click.echo(f"\r{name} LOADING: {loading_step(model):8}", nl=False, err=True)
         time.sleep(poll_seconds(time.monotonic() - started))
-        model = client.model(name)
+        before, model = model, client.model(name)
+        now = time.monotonic()
         if not as_json and model.state != "LOADING":
             click.echo(err=True)
+        if model.loaded_fraction > before.loaded_fraction:
+            progressed = now
+        elif now - progressed > stall_timeout and model.state == "LOADING":
+            progressed, earlier, loaded = now, loaded, _loaded(client)
+            if loaded == earlier:  # else it waited for another model, which loads first
+                if not as_json:
+                    click.echo(err=True)
+                raise click.ClickException(_stalled(model, stall_timeout))
     if model.state == "FAILED":
         raise click.ClickException(f"model {name!r} FAILED: {model.state_reason}")
     if not as_json:
@@ -55,6 +82,18 @@ def unload(client: Client, as_json: bool, /, *, name: str) -> None:
     client.unload_model(name)
     if not as_json:
         click.echo(f"{name} unloaded")
+
+
+def _loaded(client: Client) -> dict[str, tuple[str, float]]:
+    """Return the state of each model, and how much of it is loaded."""
+    return {model.name: (model.state, model.loaded_fraction) for model in client.list_models()}
+
+
+def _stalled(model: Model, seconds: float) -> str:
+    return (
+        f"no progress of loading {model.name!r} for {seconds:g} s ({loading_step(model)}); the "
+        f"server still tries: see its log, or give up with 'januslens admin unload {model.name}'"
+    )
 
 
 def _described(model: Model) -> str:

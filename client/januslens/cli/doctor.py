@@ -34,7 +34,15 @@ print(json.dumps(devices))
 """
 _DEVICE_SECONDS = 120
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[^\]]*\])?[^;]*(?:;.*\bextra == [\"']([\w-]+)[\"'])?")
-_EXTRAS = ("server", "cli", "ui", "analysis", "otel")
+# What each extra is for. A machine that only sends requests does without most of them.
+_EXTRAS = {
+    "server": "serve models on this machine",
+    "cli": "run the command januslens",
+    "ui": "run januslens ui",
+    "analysis": "get frames and graphs, and run surveys",
+    "figures": "draw figures",
+    "otel": "export a server's spans",
+}
 
 
 @click.command()
@@ -75,8 +83,9 @@ def _show_extras(out: Console) -> dict[str, list[str]]:
                 missing[found[2]].append(found[1])
     for extra, names in missing.items():
         if names:
-            advice = f"pip install 'januslens[{extra}]'"
-            out.print(f"  extra {extra}: missing {', '.join(names)}; {advice}", markup=False)
+            advice = f"to {_EXTRAS[extra]}, run pip install 'januslens[{extra}]'"
+            lacking = f"not installed: {advice} (missing {', '.join(names)})"
+            out.print(f"  extra {extra}: {lacking}", markup=False, soft_wrap=True)
         else:
             out.print(f"  extra {extra}: installed", markup=False)
     return missing

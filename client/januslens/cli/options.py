@@ -320,7 +320,7 @@ _CONNECTION_OPTIONS = (
         envvar="JANUSLENS_SERVER",
         show_default=True,
         show_envvar=True,
-        help="Address of the server.",
+        help="Address of the server, as host:port.",
     ),
     click.option(
         "--token",

@@ -20,7 +20,7 @@ from januslens.cli.recordings import compare, open_recording
 from januslens.cli.report import report
 from januslens.cli.survey import survey
 from januslens.cli.trace import trace
-from januslens.errors import JanuslensError, Unavailable
+from januslens.errors import JanuslensError, Unauthenticated, Unavailable
 from januslens.results.exports import require
 
 
@@ -65,7 +65,11 @@ FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
 
-_UNREACHED = "is januslens-server running there? Name it with --server or JANUSLENS_SERVER"
+# Lines below an error, with the options that may mend it.
+_CONNECTION = (
+    "set the address with --server or JANUSLENS_SERVER; TLS with --secure or --root-certificates"
+)
+_TOKEN = "set the token with --token or JANUSLENS_TOKEN"  # noqa: S105 - a text
 
 
 class Program(click.Group):
@@ -84,7 +88,9 @@ class Program(click.Group):
         except click.ClickException as error:
             _fail(error.format_message(), "", error.exit_code)
         except Unavailable as error:
-            _fail(error.message, "" if error.reason else _UNREACHED, FAILED)
+            _fail(error.message, "" if error.reason else _CONNECTION, FAILED)
+        except Unauthenticated as error:
+            _fail(error.message, _TOKEN, FAILED)
         except JanuslensError as error:
             _fail(error.message, "", FAILED)
         sys.exit(status if isinstance(status, int) else 0)
@@ -98,7 +104,24 @@ def _accept_any_token() -> None:
 
 
 def _hint(error: click.UsageError) -> str:
-    return f"try '{error.ctx.command_path} --help'" if error.ctx else ""
+    context = error.ctx
+    if context is None:
+        return ""
+    if isinstance(error, click.NoSuchOption) and isinstance(context.command, click.Group):
+        name, path = error.option_name, context.command_path
+        owners = [c for c in context.command.commands.values() if _has(c, name)]
+        if owners:
+            return f"give {name} after the command, such as '{path} {owners[0].name} {name} ...'"
+    return f"try '{context.command_path} --help'"
+
+
+def _has(command: click.Command, option: str) -> bool:
+    """Whether a command, or a command of a group, has an option."""
+    if isinstance(command, click.Group) and any(
+        _has(inner, option) for inner in command.commands.values()
+    ):
+        return True
+    return any(option in parameter.opts for parameter in command.params)
 
 
 def _fail(message: str, hint: str, status: int) -> NoReturn:

@@ -78,18 +78,18 @@ def read_prompt(
     else:
         field += ".token_ids.ids"
         if len(prompt) > limit:
-            raise _too_long(field, limit, f"{len(prompt)}")
+            raise _too_long(model, field, limit, f"{len(prompt)}")
         check_ids(model, prompt, field)
         tokens = [model.vocabulary.token(token_id) for token_id in prompt]
     if not tokens:
         raise InvalidRequest(field, "no tokens given; send at least one")
     if len(tokens) > limit:
-        raise _too_long(field, limit, f"{len(tokens)}")
+        raise _too_long(model, field, limit, f"{len(tokens)}")
     return tokens
 
 
 def _prompt_tokens(model: ResidentModel, prompt: Text, limit: int, field: str) -> list[Token]:
-    with _tokenizing(field, limit):
+    with _tokenizing(model, field, limit):
         tokens = model.vocabulary.encode_prompt(
             prompt.text,
             add_special_tokens=prompt.add_special_tokens,
@@ -102,7 +102,7 @@ def _prompt_tokens(model: ResidentModel, prompt: Text, limit: int, field: str) -
 def _chat_tokens(
     model: ResidentModel, chat: Chat, limit: int, field: str, check_cancelled: CancelCheck
 ) -> list[Token]:
-    with _tokenizing(field, limit):
+    with _tokenizing(model, field, limit):
         tokens = model.vocabulary.encode_chat(
             chat, field=field, at_most=limit, check_cancelled=check_cancelled
         )
@@ -110,19 +110,23 @@ def _chat_tokens(
 
 
 @contextmanager
-def _tokenizing(field: str, limit: int) -> Iterator[None]:
+def _tokenizing(model: ResidentModel, field: str, limit: int) -> Iterator[None]:
     """Raise `InvalidRequest` if the text of `field` has too many tokens, or cannot be tokenized."""
     try:
         yield
     except TooManyTokens as error:
-        raise _too_long(field, limit, "more") from error
+        raise _too_long(model, field, limit, "more") from error
     except TokenizerFailed as error:
         raise InvalidRequest(field, f"the tokenizer failed: {error}; send another text") from error
 
 
-def _too_long(field: str, limit: int, got: str) -> InvalidRequest:
+def _too_long(model: ResidentModel, field: str, limit: int, got: str) -> InvalidRequest:
+    context = model.view.facts.max_positions
+    kept = f" less {context - limit} for the target" if limit < context else ""
     return InvalidRequest(
-        field, f"too many tokens: expected at most {limit}, got {got}; shorten the text"
+        field,
+        f"too many tokens: expected at most {limit}, the context of {model.name}{kept}, got {got}; "
+        "shorten the text",
     )
 
 
@@ -136,14 +140,14 @@ def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, 
         target = Text(target)
     if isinstance(target, Text):
         limit = model.view.facts.max_positions
-        with _tokenizing(field, limit):
+        with _tokenizing(model, field, limit):
             tokens = model.vocabulary.encode_continuation(
                 target.text, literal=target.literal, at_most=limit
             )
         ids = tuple(token.id for token in _known(model, tokens, field))
     else:
         if len(target) > (limit := model.view.facts.max_positions):
-            raise _too_long(f"{field}.token_ids.ids", limit, f"{len(target)}")
+            raise _too_long(model, f"{field}.token_ids.ids", limit, f"{len(target)}")
         check_ids(model, target, f"{field}.token_ids.ids")
         ids = target
     if not ids:
@@ -154,15 +158,35 @@ def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, 
 def read_single_target(model: ResidentModel, target: Target, field: str) -> int:
     """Return the single token of a target.
 
-    Raises `InvalidRequest` if there are several; the error lists them.
+    Raises `InvalidRequest` if there are several; the error lists them. If the same text with or
+    without a leading space is a single token, the error suggests it.
     """
     ids = read_target(model, target, field)
     if len(ids) > 1:
         shown = ids[:LISTED]
         listed = ", ".join(f"{i} {model.vocabulary.token(i).text!r}" for i in shown)
         listed += ", ..." if len(shown) < len(ids) else ""
-        raise InvalidRequest(field, f"{len(ids)} tokens given ({listed}); expected a single token")
+        raise InvalidRequest(
+            field,
+            f"{len(ids)} tokens given ({listed}); expected a single token"
+            + _other_spelling(model, target),
+        )
     return ids[0]
+
+
+def _other_spelling(model: ResidentModel, target: Target) -> str:
+    """Suggest a target with or without its leading space if that is a single token."""
+    if isinstance(target, str):
+        target = Text(target)
+    if not isinstance(target, Text):
+        return ""
+    text = target.text[1:] if target.text.startswith(" ") else " " + target.text
+    try:
+        tokens = model.vocabulary.encode_continuation(text, literal=target.literal, at_most=1)
+    except (TooManyTokens, TokenizerFailed):
+        return ""
+    known = len(tokens) == 1 and tokens[0].id < model.view.facts.vocab_size
+    return f", such as {text!r}" if known else ""
 
 
 def read_layers(
