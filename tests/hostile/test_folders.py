@@ -103,7 +103,7 @@ def test_implementations_come_from_an_allow_list(folder: Path, changes: dict[str
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "quantised by gptq"),
+        ({"text_config": {"quantization_config": {"quant_method": "aqlm"}}}, "quantised by aqlm"),
         ({"configuration_files": ["../other.json"]}, "configuration_files selects"),
         ({"transformers_weights": "../other.safetensors"}, "transformers_weights selects"),
         ({"vision_config": {"backbone": HUB}}, "backbone selects another model"),

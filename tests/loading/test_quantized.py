@@ -163,6 +163,60 @@ def integers(bits: int, group: int, *, zeros: bool = False, shuffled: bool = Fal
     return quantise
 
 
+def gptq(
+    bits: int, group: int, *, offset: int = 1, shuffled: bool = False, biased: bool = False
+) -> Quantise:
+    """Integers as AutoGPTQ stores them: codes packed along the inputs, zeros along the outputs."""
+
+    def quantise(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+        (rows, columns), high = shape, 2**bits
+        codes, groups = drawn.integers(0, high, shape), np.arange(columns) // group
+        zeros = drawn.integers(0, high, (rows, groups[-1] + 1))
+        zeros[0, 0] = 0  # stored as the largest code if 1 is subtracted
+        scales = drawn.uniform(1e-3, 2e-3, zeros.shape).astype(np.float16)
+        if shuffled:
+            groups = drawn.permutation(groups)
+        half = 2 ** (bits - 1)
+        stored_zeros = (zeros - offset) % high
+        module = name.removesuffix(".weight")
+        stored = {
+            f"{module}.qweight": packed(codes - half, bits).T.contiguous(),
+            f"{module}.qzeros": packed(stored_zeros.T - half, bits),
+            f"{module}.scales": torch.from_numpy(scales.T.copy()),
+        }
+        if shuffled:
+            stored[f"{module}.g_idx"] = torch.from_numpy(groups.astype(np.int32))
+        if biased:
+            stored[f"{module}.bias"] = torch.zeros(rows)
+        values = (codes - zeros[:, groups]) * scales.astype(np.float32)[:, groups]
+        return stored, values.astype(np.float32)
+
+    return quantise
+
+
+def awq(group: int) -> Quantise:
+    """4-bit integers as AutoAWQ stores them: eight outputs in 32 bits, the even ones first."""
+
+    def quantise(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+        rows, columns = shape
+        codes, n_groups = drawn.integers(0, 16, shape), columns // group
+        zeros = drawn.integers(0, 16, (rows, n_groups))
+        scales = drawn.uniform(1e-3, 2e-3, zeros.shape).astype(np.float16)
+        order = [8 * (i // 8) + (0, 2, 4, 6, 1, 3, 5, 7)[i % 8] for i in range(rows)]
+        module = name.removesuffix(".weight")
+        stored = {
+            f"{module}.qweight": packed(codes.T[:, order] - 8, 4),
+            f"{module}.qzeros": packed(zeros.T[:, order] - 8, 4),
+            f"{module}.scales": torch.from_numpy(scales.T.copy()),
+        }
+        values = np.empty(shape, np.float32)
+        for i, j in np.ndindex(*shape):
+            values[i, j] = (codes[i, j] - zeros[i, j // group]) * np.float32(scales[i, j // group])
+        return stored, values
+
+    return quantise
+
+
 def bytes_by_row(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
     codes = drawn.integers(-128, 128, shape).astype(np.int8)
     scales = drawn.uniform(1e-3, 2e-3, (shape[0], 1)).astype(np.float32)
@@ -185,6 +239,8 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 20], "activation_scheme": "dynamic"}
 INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": True}
 FP8 = {"type": "float", "num_bits": 8}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "zero_point": True}
 LINEAR = r"(q|k|v|o|gate|up|down)_proj\.weight$"
 SCHEMES: dict[str, tuple[Case, str, dict[str, Any], Quantise, str]] = {
     "MXFP4": (GPT_OSS, r"experts\.\w+_proj$", {"quant_method": "mxfp4"}, mxfp4, "MXFP4"),
@@ -240,6 +296,21 @@ SCHEMES: dict[str, tuple[Case, str, dict[str, Any], Quantise, str]] = {
         ),
         nvfp4, "compressed-tensors nvfp4-pack-quantized (float4)",
     ),
+    "GPTQ": (DENSE, LINEAR, GPTQ, gptq(4, 16), "GPTQ (int4 in groups of 16)"),
+    "GPTQ, groups of any columns": (
+        DENSE, LINEAR, GPTQ | {"desc_act": True}, gptq(4, 16, shuffled=True),
+        "GPTQ (int4 in groups of 16)",
+    ),
+    "GPTQ, 8 bits, second format": (
+        DENSE, LINEAR, GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, gptq(8, 16, offset=0),
+        "GPTQ (int8 in groups of 16)",
+    ),
+    "GPTQ, 2 bits, one group, biases of zeros": (
+        # Only matrices whose sides are multiples of 16 hold codes of 2 bits.
+        DENSE, r"(q|o)_proj\.weight$", GPTQ | {"bits": 2, "group_size": -1},
+        gptq(2, 1000, biased=True), "GPTQ (int2 in groups of all columns)",
+    ),
+    "AWQ, experts": (MIXTURE, LINEAR, AWQ, awq(8), "AWQ (int4 in groups of 8)"),
 }  # fmt: skip
 
 
@@ -429,6 +500,26 @@ BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str
     "sparse weights": (
         "4-bit groups", {"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "or sparse ones"
     ),
+    "GPTQ of 3 bits": ("GPTQ", {"bits": 3}, {}, "weights of 3 bits: expected 2, 4 or 8; convert"),
+    "GPTQ of a list of bits": ("GPTQ", {"bits": [4]}, {}, "weights of [4] bits"),
+    "GPTQ of Marlin": ("GPTQ", {"checkpoint_format": "marlin"}, {}, "stores weights as 'marlin'"),
+    "GPTQ of other bits": (
+        "GPTQ", {"bits": 8}, {}, "qzeros' has shape [3, 4]: expected [2, 8] for GPTQ"
+    ),
+    "GPTQ with scales of other groups": (
+        "GPTQ", {}, {"q_proj.scales": torch.ones(3, 48)}, "has shape [3, 48]: expected [2, 48]"
+    ),
+    "GPTQ without zero points": ("GPTQ", {}, {"q_proj.qzeros": None}, "which GPTQ (int4 in groups"),
+    "GPTQ codes of floats": (
+        "GPTQ", {}, {"q_proj.qweight": torch.ones(4, 48)}, "is stored as F32 [4, 48]: expected a"
+    ),
+    "GPTQ columns of no group": (
+        "GPTQ, groups of any columns", {},
+        {"q_proj.g_idx": torch.full((32,), -1, dtype=torch.int32)}, "names groups beyond the 2",
+    ),
+    "GPTQ groups of zero": ("GPTQ", {"group_size": 0}, {}, "invalid group_size [1, 0]"),
+    "AWQ of another version": ("AWQ, experts", {"version": "gemv"}, {}, "in version 'gemv'"),
+    "AWQ of 8 bits": ("AWQ, experts", {"bits": 8}, {}, "stores weights of 8 bits"),
     "codes that are not there": (
         "block FP8", {"quant_method": "mxfp4"}, {}, "describes MXFP4, but no tensor has this scheme"
     ),
@@ -480,9 +571,8 @@ def test_what_does_not_fit_its_scheme_is_refused(broken: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("method", "advice"),
     [
-        ("awq", "serve the checkpoint that it was made from"),
+        ("aqlm", "serve the checkpoint that it was made from"),
         ("bitsandbytes", ".dequantize().save_pretrained("),
-        ("gptq", "convert_hf_to_gguf.py FOLDER --outtype f32"),
         (None, "an unnamed method"),
     ],
 )

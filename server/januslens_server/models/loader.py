@@ -54,12 +54,12 @@ from januslens_server.models.placement import (
     place,
 )
 from januslens_server.models.progress import LoadingProgress, reading_weights
+from januslens_server.models.quantization_scheme import read_scheme
 from januslens_server.models.quantized import (
     DenseWeight,
     TensorEntry,
     check_float,
     dense_weights,
-    read_scheme,
 )
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
@@ -418,7 +418,8 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
             f"the checkpoint has no weights for {shortlist(missing)}"
             + (f"; it has unknown weights: {shortlist(others)}" if others else "")
         )
-    if unused := _unused(network, found["unexpected_keys"]):
+    unused = _unused(network, found["unexpected_keys"])
+    if unused := [name for name in unused if not _adds_nothing(checkpoint, name)]:
         raise ModelFailed(
             f"the checkpoint has weights that config.json does not describe: {shortlist(unused)}; "
             "correct config.json, or merge or remove these weights"
@@ -450,6 +451,12 @@ def _unused(network: PreTrainedModel, keys: Iterable[str]) -> list[str]:
         return beyond or key in computed or NOT_IN_OUTPUT.search(key) is not None
 
     return sorted(key for key in keys if not ignorable(key))
+
+
+def _adds_nothing(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a weight is a bias of zeros, which AutoGPTQ wrote for maps that have no bias."""
+    stored = (checkpoint.dense or {}).get(name)
+    return stored is not None and name.endswith(".bias") and not bool(stored.read().any())
 
 
 def _skeleton(checkpoint: Checkpoint, data_type: torch.dtype) -> Any:

@@ -7,7 +7,9 @@ computed in float32 and rounded once to the data type that is served. These sche
   (OCP Microscaling Formats (MX) 1.0, sections 5.3.3 and 5.4.1);
 - block FP8, as DeepSeek-V3 and Qwen3 are published: 8-bit floats with a scale for each block of
   rows and columns (DeepSeek-V3 Technical Report, section 3.3.2), and FBGEMM's with one per row;
-- compressed-tensors, as llm-compressor writes it: floats of 8 bits, of 4 bits (NVFP4), integers.
+- compressed-tensors, as llm-compressor writes it: floats of 8 bits, of 4 bits (NVFP4), integers;
+- GPTQ, as AutoGPTQ and GPTQModel write it: integers with a group for each column (Frantar et al.
+  2022), and AWQ, as AutoAWQ writes it (Lin et al. 2023, section 4).
 
 transformers could dequantise them, but derives the size of blocks from the number of scales. This
 is wrong if blocks do not divide a matrix, as in DeepSeek's keys. It also accepts codes without
@@ -29,7 +31,7 @@ import torch
 from safetensors import safe_open
 
 from januslens_server.errors import ModelFailed, shortlist
-from januslens_server.models.vetting import QUANTIZATION_KEYS
+from januslens_server.models.quantization_scheme import Group, Scheme
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 SCALES = FLOATS | {"F8_E8M0", "F8_E4M3", "U8"}
@@ -39,39 +41,16 @@ FP8, INT8, INT32, BYTES = "F8_E4M3", "I8", "I32", "U8"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MX_BLOCK = 32
 
-# Rows and columns of a block where config.json does not say them.
-DEFAULT_BLOCKS = {"fp8": [128, 128], "mxfp8": [1, 32]}
-
-# Groups of weights with a scheme of their own; every weight is compared with each.
-MAX_GROUPS = 100
-# Rows or columns of a block. A block is as large as a matrix at most.
-MAX_BLOCK = 2**31 - 1
-
 # Values of a weight that are dequantised at once, each of which takes some 16 bytes meanwhile.
 VALUES_AT_ONCE = 2**22
 
-# Widths of integers that divide 32 bits without a remainder.
-PACKED_BITS = {2, 4, 8}
-FORMATS = {
-    "float-quantized",
-    "int-quantized",
-    "mixed-precision",
-    "naive-quantized",
-    "nvfp4-pack-quantized",
-    "pack-quantized",
-}
+# The places of eight columns in 32 bits of AWQ: even columns first.
+AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+
 # Scales that quantise activations, and cached keys and values.
 OF_ACTIVATIONS = re.compile(
     r"\.(activation_scale(_ub)?|(input|output|[qkv])_(scale(_ub)?|zero_point|global_scale))$"
 )
-# How to convert what is not read.
-CONVERSIONS = {
-    "bitsandbytes": (
-        'python -c "from transformers import AutoModelForCausalLM as M; '
-        "M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\""
-    ),
-    "gptq": "convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE.gguf (from llama.cpp)",
-}
 
 
 @dataclass(frozen=True)
@@ -86,43 +65,6 @@ class TensorEntry:
     def size(self) -> int:
         """The number of values."""
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Group:
-    """How a scheme stores some of the weights.
-
-    `kind` is `int` or `float`, `block` the rows and columns that share a scale. None stands for all
-    rows or columns.
-    """
-
-    kind: str
-    bits: int
-    block: tuple[int | None, int | None]
-    symmetric: bool = True
-
-    def block_of(self, rows: int, columns: int) -> tuple[int, int]:
-        """The rows and columns of a block in a matrix `[rows, columns]`."""
-        height, width = self.block
-        return min(height or rows, rows), min(width or columns, columns)
-
-    def __str__(self) -> str:
-        sizes = "x".join("all" if size is None else str(size) for size in self.block)
-        return f"{self.kind}{self.bits} in blocks of {sizes}"
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a checkpoint stores its weights.
-
-    `name` is the scheme's name for people, and `scale` the suffix of a scale's name behind that of
-    its weight.
-    """
-
-    method: str
-    name: str
-    groups: tuple[Group, ...] = ()
-    scale: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,112 +91,6 @@ class DenseWeight:
         return values.to(self.data_type) if self.quantised else values
 
 
-def read_scheme(described: Mapping[str, Any]) -> Scheme | None:
-    """Return the scheme that a config.json describes, or None.
-
-    Raises:
-        ModelFailed: The scheme is not read. The error names a command that converts it, if any.
-    """
-    text = described.get("text_config")
-    for holder in (described, text if isinstance(text, Mapping) else {}):
-        for key in QUANTIZATION_KEYS:
-            if found := holder.get(key):
-                return _scheme(found)
-    return None
-
-
-def _scheme(found: Any) -> Scheme:
-    method = _named(found, "quant_method") if isinstance(found, Mapping) else None
-    if method == "mxfp4":
-        return Scheme(method, "MXFP4")
-    if method in DEFAULT_BLOCKS:
-        block = found.get("weight_block_size", DEFAULT_BLOCKS[method])
-        sizes = (None, None) if block is None else _sizes(block, "weight_block_size")
-        name = "FP8" if block is None else f"FP8 in blocks of {sizes[0]}x{sizes[1]}"
-        return Scheme(method, name, (Group("float", 8, sizes),), "_scale_inv")
-    if method == "fbgemm_fp8":
-        return Scheme(method, "FBGEMM FP8", (Group("float", 8, (1, None)),), "_scale")
-    if method == "compressed-tensors":
-        return _compressed(found)
-    command = CONVERSIONS.get(method or "")
-    raise ModelFailed(
-        f"the checkpoint is quantised by {method or 'an unnamed method'}: expected "
-        "compressed-tensors, fbgemm_fp8, fp8, mxfp4, mxfp8, or weights in float32, bfloat16 or "
-        "float16; serve the checkpoint that it was made from"
-        + (f", or convert it: {command}" if command else "")
-    )
-
-
-def _named(described: Mapping[str, Any], key: str) -> str | None:
-    """Return what a key names, None if it is missing. Only texts can be known names."""
-    found = described.get(key)
-    return found if found is None or isinstance(found, str) else repr(found)
-
-
-def _sizes(found: Any, key: str) -> tuple[int, int]:
-    sizes = tuple(found) if isinstance(found, list) else ()
-    if len(sizes) != 2 or not all(type(s) is int and 0 < s <= MAX_BLOCK for s in sizes):
-        raise ModelFailed(f"invalid {key} {found!r}: expected two numbers from 1 to {MAX_BLOCK}")
-    return sizes[0], sizes[1]
-
-
-def _compressed(found: Mapping[str, Any]) -> Scheme:
-    """Read the groups of a compressed-tensors configuration (vllm-project/compressed-tensors)."""
-    listed = found.get("config_groups")
-    described = list(listed.values()) if isinstance(listed, Mapping) else []
-    if len(described) > MAX_GROUPS:
-        raise ModelFailed(
-            f"compressed-tensors describes {len(described)} groups: expected at most {MAX_GROUPS}"
-        )
-    groups, formats = [], set()
-    for group in described:
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping):
-            continue
-        form = _named(group, "format") or _named(found, "format")
-        if form not in FORMATS:
-            raise ModelFailed(
-                f"compressed-tensors stores weights as {form!r}: expected one of "
-                f"{', '.join(sorted(FORMATS))}; serve the checkpoint that it was made from"
-            )
-        formats.add(form)
-        groups.append(_group(weights))
-    sparsity = found.get("sparsity_config") or {"format": "dense"}
-    dense = isinstance(sparsity, Mapping) and sparsity.get("format", "dense") == "dense"
-    if not groups or not dense:
-        raise ModelFailed(
-            "compressed-tensors describes no quantised weights, or sparse ones: expected groups "
-            "with weights; serve the checkpoint that it was made from"
-        )
-    kinds = dict.fromkeys(f"{group.kind}{group.bits}" for group in groups)
-    name = f"compressed-tensors {', '.join(sorted(formats))} ({', '.join(kinds)})"
-    return Scheme("compressed-tensors", name, tuple(dict.fromkeys(groups)), "_scale")
-
-
-def _group(weights: Mapping[str, Any]) -> Group:
-    kind, strategy = _named(weights, "type"), _named(weights, "strategy")
-    bits, size = weights.get("num_bits"), weights.get("group_size")
-    strategy = strategy or ("tensor" if size is None else "channel" if size == -1 else "group")
-    readable = PACKED_BITS if kind == "int" else {4, 8}
-    if kind not in {"int", "float"} or type(bits) is not int or bits not in readable:
-        raise ModelFailed(
-            f"compressed-tensors stores weights of {bits} bits and type {kind!r}: expected "
-            "integers of 2, 4 or 8 bits, or floats of 4 or 8"
-        )
-    if strategy in {"group", "tensor_group"}:
-        block: tuple[int | None, int | None] = _sizes([1, size], "group_size")
-    elif strategy == "block":
-        block = _sizes(weights.get("block_structure"), "block_structure")
-    elif strategy in {"tensor", "channel"}:
-        block = (1 if strategy == "channel" else None, None)
-    else:
-        raise ModelFailed(
-            f"compressed-tensors scales weights by {strategy!r}: expected tensor, channel, group, "
-            "tensor_group or block"
-        )
-    return Group(kind, bits, block, weights.get("symmetric", True) is not False)
-
-
 def dense_weights(
     folder: Path, entries: Mapping[str, TensorEntry], scheme: Scheme | None
 ) -> dict[str, DenseWeight]:
@@ -274,8 +110,7 @@ def dense_weights(
     weights: dict[str, DenseWeight] = {}
     kept = dict(entries)
     if scheme is not None:
-        find = _microscaled if scheme.method == "mxfp4" else _scaled
-        weights, used = find(files, scheme)
+        weights, used = FINDERS.get(scheme.method, _scaled)(files, scheme)
         if not used:
             raise ModelFailed(f"config.json describes {scheme.name}, but no tensor has this scheme")
         dropped = {name for name in entries if OF_ACTIVATIONS.search(name)}
@@ -537,13 +372,10 @@ class _Codes:
         return self._integers(zeros, -2, shape[0]) if zeros.dtype is torch.int32 else zeros.float()
 
     def _integers(self, packed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-        """Unpack integers, the lowest bits first, whose zero is stored as half of their range."""
+        """Unpack integers whose zero is stored as half of their range."""
         bits = self._group.bits
-        parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 32, bits)]
-        whole = torch.stack(parts, dim if dim == -1 else -2)
-        merged = whole.flatten(-2) if dim == -1 else whole.flatten(-3, -2)
-        codes = merged.narrow(dim, 0, size).float()
-        return codes - (1 << (bits - 1))
+        codes = _unpacked_integers(packed, range(0, 32, bits), bits, dim).narrow(dim, 0, size)
+        return codes.float() - (1 << (bits - 1))
 
     def _spread(self, scales: torch.Tensor, part: slice) -> torch.Tensor:
         """Repeat `scales` for every weight that shares them, in the rows of `part`.
@@ -561,6 +393,103 @@ class _Codes:
             return own[..., self._order]
         wide = own.repeat_interleave(width, -1)[..., :columns]
         return wide.repeat_interleave(height, -2)[..., : part.stop - part.start, :]
+
+
+class _Columns:
+    """A weight of GPTQ or AWQ: a matrix `[d_in, d_out]` of integers, the transpose of the weight.
+
+    `qweight` has the codes. GPTQ packs neighbouring rows of a column into 32 bits, AWQ the columns
+    of a row. `qzeros` and `scales` have a row for each group of rows; `qzeros` is packed along its
+    rows. `g_idx` is the group of each row, where groups are not of neighbouring rows.
+    """
+
+    def __init__(self, files: _Files, scheme: Scheme, module: str) -> None:
+        self._files, self._scheme = files, scheme
+        self._bits = scheme.groups[0].bits
+        self._codes, self._zeros, self._scales = (
+            f"{module}.{part}" for part in ("qweight", "qzeros", "scales")
+        )
+        self.names = {self._codes, self._zeros, self._scales}
+        stored = files.entries[self._codes]
+        if stored.kind != INT32 or len(stored.shape) != 2 or not stored.size:
+            raise ModelFailed(
+                f"tensor {self._codes!r} is stored as {stored.kind} {list(stored.shape)}: expected "
+                f"a matrix of {INT32} for {scheme.name}"
+            )
+        per, (rows, columns) = 32 // self._bits, stored.shape
+        d_in, d_out = (rows * per, columns) if scheme.method == "gptq" else (rows, columns * per)
+        self.shape = (d_out, d_in)
+        self._size = scheme.groups[0].block_of(d_out, d_in)[1]
+        self._n_groups = -(-d_in // self._size)
+        if d_out % per:
+            raise ModelFailed(
+                f"tensor {self._codes!r} has {d_out} columns: expected a multiple of {per}"
+            )
+        zeros = (self._n_groups, d_out // per)
+        files.expect(self._zeros, {INT32}, zeros, scheme.name)
+        files.expect(self._scales, FLOATS, (self._n_groups, d_out), scheme.name)
+        self._groups = self._checked_groups(f"{module}.g_idx")
+
+    def _checked_groups(self, name: str) -> torch.Tensor | None:
+        """Return the group of each row `[d_in]`; None if groups are neighbouring rows."""
+        _, d_in = self.shape
+        if name not in self._files.entries:
+            return None
+        self._files.expect(name, {"I64", INT32}, (d_in,), self._scheme.name)
+        self.names.add(name)
+        groups = self._files.read(name).long()
+        if int(groups.min()) < 0 or int(groups.max()) >= self._n_groups:
+            raise ModelFailed(f"tensor {name!r} names groups beyond the {self._n_groups} expected")
+        return groups
+
+    def read(self) -> torch.Tensor:
+        """Dequantise the weight to float32 `[d_out, d_in]`, some rows of codes at a time."""
+        codes, scales = self._files.read(self._codes), self._files.read(self._scales).float()
+        in_columns = self._scheme.method == "gptq"
+        shifts = range(0, 32, self._bits) if in_columns else AWQ_SHIFTS
+        highest = (1 << self._bits) - 1
+        zeros = _unpacked_integers(self._files.read(self._zeros), shifts, self._bits, -1)
+        zeros = (zeros + self._scheme.zero_offset) & highest
+        d_out, d_in = self.shape
+        order = torch.arange(d_in) // self._size if self._groups is None else self._groups
+        values, per = torch.empty(self.shape), d_in // codes.shape[0]
+        step = max(1, VALUES_AT_ONCE // (d_out * per))
+        for start in range(0, codes.shape[0], step):
+            part = codes[start : start + step]
+            found = _unpacked_integers(part, shifts, self._bits, -2 if in_columns else -1)
+            rows = slice(start * per, start * per + found.shape[0])
+            groups = order[rows]
+            values[:, rows] = ((found - zeros[groups]).float() * scales[groups]).T
+        return values
+
+
+def _columns(files: _Files, scheme: Scheme) -> tuple[dict[str, DenseWeight], set[str]]:
+    """Find the weights of GPTQ and AWQ."""
+    weights, used = {}, set()
+    for codes in files.entries:
+        module = codes.removesuffix(".qweight")
+        if module != codes:
+            found = _Columns(files, scheme, module)
+            weights[f"{module}.weight"] = DenseWeight(found.shape, found.read)
+            used |= found.names
+    return weights, used
+
+
+# What finds the weights of a method, where scales are not beside the codes of single weights.
+FINDERS = {"awq": _columns, "gptq": _columns, "mxfp4": _microscaled}
+
+
+def _unpacked_integers(
+    packed: torch.Tensor, shifts: Iterable[int], bits: int, dim: int
+) -> torch.Tensor:
+    """Unpack integers of 32 bits along the last dimension or the one before.
+
+    `shifts` are the places of the integers' lowest bits in the order of the result.
+    """
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in shifts]
+    if dim == -1:
+        return torch.stack(parts, -1).flatten(-2)
+    return torch.stack(parts, -2).flatten(-3, -2)
 
 
 def _to_float(scales: torch.Tensor) -> torch.Tensor:
