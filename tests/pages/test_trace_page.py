@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from pathlib import Path
@@ -616,6 +617,24 @@ def test_selection_does_not_move_elements(tab: Page, demo: Traced) -> None:
     chip(tab, STRONGEST).click()
     expect(chip(tab, STRONGEST)).to_have_class(re.compile("selected"))
     assert set(tab.evaluate("[...window.touched]")) <= {"class", "tabindex"}
+
+
+def test_digits_of_a_right_to_left_prompt_keep_their_order(
+    tab: Page, demo: Traced, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in demo.trace.to_json_lines()]
+    texts = ["عاصمة", " اليابان", " ", "2", "0", "2", "4", " هي"]
+    for token, text in zip(lines[0]["header"]["promptTokens"], texts, strict=True):
+        token["text"] = text
+    trace = januslens.read_trace(map(json.dumps, lines))
+    path = tmp_path / "arabic.html"
+    path.write_text(trace.to_html(), encoding="utf-8")
+    opened(tab, Traced(trace, trace, path))
+    lefts = tab.locator("h1 .prompt > *").evaluate_all(
+        "all => all.map(token => token.getBoundingClientRect().left)"
+    )
+    assert lefts[3:7] == sorted(lefts[3:7])
+    assert lefts[0] > lefts[1] > max(lefts[3:7]) > lefts[7]
 
 
 def test_filter_draws_arcs_anew_and_leaves_the_cells(tab: Page, demo: Traced) -> None:

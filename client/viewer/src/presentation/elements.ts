@@ -124,13 +124,22 @@ export function promptText(prompt: readonly Token[], position: number): HTMLElem
   const first = position + 1 - before
   const last = position + fitting(prompt.slice(position + 1), AFTER)
   const tokens: HTMLElement[] = prompt.slice(first, last + 1).map((token, i) => {
-    const shown = tokenText(token.label.replace(/^␣/, ' '))
+    const shown = inPrompt(token)
     if (first + i === position) shown.classList.add('selected')
     return shown
   })
   if (first > 0) tokens.unshift(element('span', { class: 'arrow' }, '… '))
   if (last + 1 < prompt.length) tokens.push(element('span', { class: 'arrow' }, ' …'))
   return element('bdi', { class: 'prompt', dir: directionOf(prompt) }, ...tokens)
+}
+
+/**
+ * A token of a prompt. Plain text is not isolated: its letters join and its digits keep their order
+ * across tokens, as in any text. A label that stands for something else is.
+ */
+function inPrompt({ label, text }: Token): HTMLElement {
+  const shown = label.replace(/^␣/, ' ')
+  return shown === text ? element('span', { class: 'token' }, text) : tokenText(shown)
 }
 
 /** How many of the first tokens have at most this many characters together, at least one. */
