@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import reduce
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from januslens_server.transfer import HostCopy, to_host
 # Maximum bytes of logits that one CPU core reads at once. More do not fit into its cache; with much
 # fewer, Python takes longer than the computation.
 CACHED_BYTES = 4 * 2**20
+# Groups of columns in which the logits of a part are compared, subtracted and added. The temporary
+# numbers of a group stay in a core's own cache. With fewer columns, Python takes longer.
+COLUMN_GROUPS, FEWEST_COLUMNS = 12, 1024
 # A term of e^-80 does not change a float32 sum that includes e^0. Below e^-87, exponentials are
 # denormal numbers, which take a CPU 17 times as long.
 LOWEST_EXPONENT = -80.0
@@ -105,7 +109,7 @@ def outcomes(
     top_k: int,
     check_cancelled: CancelCheck = never_cancelled,
 ) -> Outcomes:
-    """Return figures that `project` returns as well, but compute no others, such as entropies.
+    """Return figures that `project` returns as well, but list no tokens from the bottom.
 
     Raises `NotFinite` if the logits of a vector overflow float32.
     """
@@ -132,12 +136,12 @@ def outcomes(
 def _outcomes(head: LensHead, logits: torch.Tensor, token_id: int, top_k: int) -> Outcomes:
     top_logits, top_ids = highest(logits, top_k)
     target_logits = logits[:, token_id, None]
-    largest = head.cap(top_logits[:, :1] if top_k else logits.amax(1, keepdim=True))
-    total = _below(head.cap(logits), largest).exp_().sum(1)
+    largest = top_logits[:, :1] if top_k else logits.amax(1, keepdim=True)
+    sums = _sums(head, logits, largest, target_logits)
     return Outcomes(
         top_ids=top_ids,
-        ranks=_ranks(logits, target_logits)[:, 0],
-        log_probabilities=(head.cap(target_logits) - largest)[:, 0] - total.log(),
+        ranks=sums.larger[:, 0],
+        log_probabilities=(head.cap(target_logits) - head.cap(largest))[:, 0] - sums.weights.log(),
     )
 
 
@@ -205,51 +209,82 @@ def read_logits(
     targets = bottom_ids[:, -1:] if targets is None else targets
     target_logits = logits.gather(1, targets)
     largest = top_logits[:, :1] if spec.top_k else logits.amax(1, keepdim=True)
-    log_normalizer, entropy_bits = _spread(head.cap(logits), head.cap(largest))
+    sums = _sums(head, logits, largest, target_logits)
+    log_total = sums.weights.log()
+    # With z = sum exp d, the entropy is log z - sum d exp d / z, in nats; p = 0 adds 0.
+    entropy = log_total - sums.weighted / sums.weights
     return Readings(
         top_ids=top_ids,
         top_logits=top_logits,
         bottom_ids=bottom_ids,
         bottom_logits=bottom_logits,
-        log_normalizer=log_normalizer,
-        entropy_bits=entropy_bits,
+        log_normalizer=head.cap(largest)[:, 0] + log_total,
+        entropy_bits=entropy / math.log(2),
         target_logits=target_logits,
-        target_ranks=_ranks(logits, target_logits),
+        target_ranks=sums.larger,
     )
 
 
-def _ranks(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+class _Sums(NamedTuple):
+    """Sums over the vocabulary, with d = logit - largest logit of the row, after the soft-cap.
+
+    `weights` `[n]` are the sums of exp d, and `weighted` `[n]` those of d exp d. `larger` `[n, m]`
+    is the number of logits that are strictly larger than each target's, before the soft-cap.
+    """
+
+    weights: torch.Tensor
+    weighted: torch.Tensor
+    larger: torch.Tensor
+
+
+def _sums(
+    head: LensHead, logits: torch.Tensor, largest: torch.Tensor, target_logits: torch.Tensor
+) -> _Sums:
+    """Compute all sums of logits `[n, vocab]`, one group of columns after the other.
+
+    `largest` is `[n, 1]` and `target_logits` `[n, m]`, before the soft-cap. Both sums need only one
+    exponential. Pairwise sums are used, because a dot product adds in sequence, which loses 0.005
+    bits of entropy over 50,000 float32 terms.
+    """
+    capped = head.cap(largest)
+    groups = [
+        _Sums(*_weights(head.cap(columns), capped), _larger(columns, target_logits))
+        for columns in logits.split(_columns_at_once(logits), dim=1)
+    ]
+    # A sum over stacked tensors would add in an order that depends on the number of rows.
+    return _Sums(*(reduce(torch.add, found) for found in zip(*groups, strict=True)))
+
+
+def _columns_at_once(logits: torch.Tensor) -> int:
+    """Return the number of columns in a group, the same for any number of rows.
+
+    So the sums of a row do not depend on other rows. A GPU reads all columns at once.
+    """
+    vocab = logits.shape[1]
+    if logits.device.type != "cpu":
+        return vocab
+    return max(FEWEST_COLUMNS, math.ceil(vocab / COLUMN_GROUPS))
+
+
+def _weights(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums `[n]` of exp d and of d exp d."""
+    below, weights = _buffers.like("first", logits), _buffers.like("second", logits)
+    torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)
+    torch.exp(below, out=weights)
+    return weights.sum(1), weights.mul_(below).sum(1)
+
+
+def _larger(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
     """Return how many logits of a row are strictly larger than each target's `[n, m]`.
 
     The comparison gives ones and zeros in float32. Their sums are exact up to 2^24, and several
     times faster than sums of booleans.
     """
     larger = _buffers.like("first", logits)
-    ranks = torch.empty(target_logits.shape, dtype=torch.long, device=logits.device)
+    counts = torch.empty(target_logits.shape, dtype=torch.long, device=logits.device)
     for i, column in enumerate(target_logits.unbind(1)):
-        ranks[:, i] = torch.gt(logits, column[:, None], out=larger).sum(1)
-    return ranks
-
-
-def _spread(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log normaliser and the entropy in bits, `[n]` each.
-
-    Both need only one exponential. With d = logits - largest and z = sum exp d, the entropy is log
-    z - sum d exp d / z, in nats; p = 0 adds 0. Pairwise sums are used, because a dot product adds
-    in sequence, which loses 0.005 bits over 50,000 float32 terms.
-    """
-    below, weights = _below(logits, largest), _buffers.like("second", logits)
-    torch.exp(below, out=weights)
-    total = weights.sum(1)
-    log_total = total.log()
-    entropy = log_total - weights.mul_(below).sum(1) / total
-    return largest[:, 0] + log_total, entropy / math.log(2)
-
-
-def _below(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Return logits minus the largest of their row, in the buffer "first"."""
-    below = _buffers.like("first", logits)
-    return torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)
+        counts[:, i] = torch.gt(logits, column[:, None], out=larger).sum(1)
+    return counts
 
 
 class PendingTable:

@@ -160,6 +160,18 @@ def test_results_do_not_depend_on_the_chunk_size(
     check(table, case, 5, 5, targets)
 
 
+def test_figures_of_a_row_do_not_depend_on_other_rows() -> None:
+    """The figures are summed over groups of columns, in the same order for any number of rows."""
+    case = Case(20_011, rows=20)
+    head, targets = case.head(), case.targets(2)
+    logits = projection.compute_logits(head, case.vectors(), LensKind.RAW).clone()
+    whole = projection.read_logits(head, logits, LensSpec(), targets)
+    for rows in (1, 4, 7, 19):
+        part = projection.read_logits(head, logits[:rows], LensSpec(), targets[:rows])
+        for name in ("log_normalizer", "entropy_bits", "target_ranks"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:rows])
+
+
 def test_no_rows_and_no_targets() -> None:
     case = Case(700, rows=0)
     table = project(case.head(), case.vectors(), LensSpec(top_k=3, bottom_k=0))
