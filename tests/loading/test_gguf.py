@@ -48,6 +48,19 @@ CASES = {
         "llama", "gguf, 3", WIDE | {"num_key_value_heads": 2, "rope_parameters": LLAMA_3}
     ),
     "qwen3moe": Case("qwen3_moe", "gguf", WIDE | HEADS | EXPERTS | {"norm_topk_prob": True}),
+    "qwen2moe": Case(
+        "qwen2_moe",
+        "gguf",
+        WIDE
+        | EXPERTS
+        | {"num_key_value_heads": 2, "shared_expert_intermediate_size": 96}
+        | {"norm_topk_prob": False},
+    ),
+    "mixtral": Case(
+        "mixtral",
+        "gguf",
+        WIDE | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "olmo2": Case("olmo2", "gguf", WIDE | {"num_key_value_heads": 2}),
     "olmoe": Case(
         "olmoe", "gguf", {"intermediate_size": 32, "num_key_value_heads": 2} | FEW_EXPERTS
@@ -80,7 +93,7 @@ CASES = {
     "gemma3": Case("gemma3_text", "gguf", WIDE | GEMMA | {"layer_types": None}),
 }
 # The architecture's name in the file, of cases that are named otherwise.
-ARCHITECTURES = {"llama 3": "llama", "gemma3 scaled": "gemma3"}
+ARCHITECTURES = {"llama 3": "llama", "mixtral": "llama", "gemma3 scaled": "gemma3"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 MERGES = ["1 2", "12 3", "123 4", "a b", "ab c", "Ġ a"]
 ADDED = ["<bos>", "<eos>"]
@@ -132,16 +145,25 @@ def settings_of(family: str, case: Case) -> dict[str, Any]:
             "residual_scale": config.residual_multiplier,
             "logit_scale": config.logits_scaling,
         }
-    if hasattr(config, "num_experts"):
-        found |= {"expert_count": 4, "expert_used_count": 2}
-        found["feed_forward_length"] = config.intermediate_size
-    if family == "qwen3moe":
-        found["expert_feed_forward_length"] = config.moe_intermediate_size
+    found |= experts_of(family, config)
     if family in {"gemma2", "gemma3"}:
         found["attention.sliding_window"] = config.sliding_window
     if family == "gemma2":
         found["attn_logit_softcapping"] = config.attn_logit_softcapping
         found["final_logit_softcapping"] = config.final_logit_softcapping
+    return found
+
+
+def experts_of(family: str, config: Any) -> dict[str, Any]:
+    """The metadata of a mixture; none for other models."""
+    if not hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
+        return {}
+    found = {"expert_count": 4, "expert_used_count": 2}
+    found["feed_forward_length"] = config.intermediate_size
+    if family == "qwen2moe":
+        found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if family in {"qwen2moe", "qwen3moe"}:
+        found["expert_feed_forward_length"] = config.moe_intermediate_size
     return found
 
 
@@ -168,6 +190,8 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
             array = array.T
         if family.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
+        if ".ffn_gate_inp_shexp." in name:
+            array = array.squeeze()
         written[name] = np.ascontiguousarray(array)
     if case.name == "gguf, 3":
         written["rope_freqs.weight"] = divisors(network)
@@ -275,6 +299,17 @@ def test_quantized_weights_are_those_that_gguf_dequantizes(kind: str, tmp_path: 
     assert model.provenance.quantization == (f"GGUF {kind}" if kind[0] == "Q" else "")
 
 
+def test_quantized_experts_are_those_that_gguf_dequantizes(tmp_path: Path) -> None:
+    model = loaded(write(tmp_path / "tiny.gguf", "mixtral", quantized="Q8_0"))
+    assert model.provenance.architecture == "MixtralForCausalLM"
+    name, kind = "model.layers.1.mlp.experts.gate_up_proj", gguf.GGMLQuantizationType.Q8_0
+    experts = plain(CASES["mixtral"]).state_dict()[name].numpy()
+    halves = [gguf.quantize(half, kind) for half in np.split(experts, 2, axis=1)]
+    expected = np.concatenate([gguf.dequantize(half, kind) for half in halves], axis=1)
+    np.testing.assert_array_equal(model.network.state_dict()[name].numpy(), expected)
+    assert model.provenance.quantization == "GGUF Q8_0"
+
+
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
@@ -341,7 +376,8 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
         ({"settings": {"rope.scaling.type": "yarn"}}, "has rope.scaling 'yarn' with the factor"),
         ({"settings": {"rope.scaling.type": "linear"}}, "'linear' with the factor None"),
         ({"settings": {"attention.scale": 0.5}}, "settings that are not read: attention.scale"),
-        ({"settings": {"expert_count": 4}}, "settings that are not read: expert_count"),
+        ({"settings": {"expert_count": 4}}, "tensors that are not read: blk.0.ffn_down.weight"),
+        ({"settings": {"expert_weights_scale": 2.0}}, "not read: expert_weights_scale"),
         ({"settings": {"rope.dimension_count": 4}}, "attention.key_length 8, but"),
         ({"settings": {"block_count": 10**9}}, "num_hidden_layers is too large"),
         ({"settings": {"attention.head_count": "4"}}, "expected a number"),

@@ -50,11 +50,14 @@ FAMILIES = {
     "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
     "smollm3": "smollm3",
     "starcoder2": "starcoder2",
 }
+# What llama's files describe if they have experts.
+MIXTURES = {"llama": "mixtral"}
 # Attributes of transformers' configuration by metadata key, without the architecture before it.
 # A key that is not listed may change the numbers, so it is refused.
 ATTRIBUTES = {
@@ -88,9 +91,16 @@ OWN_ATTRIBUTES = {
         "logit_scale": "logits_scaling",
         "residual_scale": "residual_multiplier",
     },
+    "llama": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     "olmoe": {key: EXPERTS[key] for key in ("expert_count", "expert_used_count")},
+    "qwen2moe": EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     "qwen3moe": EXPERTS,
     "starcoder2": {"attention.layer_norm_epsilon": "norm_epsilon"},
+}
+# What all checkpoints of an architecture have in common, and no setting says.
+COMMON_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2moe": {"norm_topk_prob": False},
+    "qwen3moe": {"norm_topk_prob": True},
 }
 # Scaling of rotary embeddings: a division of all positions, in Gemma 3 in the layers without a
 # window, or none.
@@ -294,6 +304,7 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
     family, (settings, scaling) = header.architecture, _settings(header)
     attributes = ATTRIBUTES | OWN_ATTRIBUTES.get(family, {})
     described: dict[str, Any] = {attributes[key]: value for key, value in settings.items()}
+    described |= COMMON_SETTINGS.get(family, {})
     described["tie_word_embeddings"] = UNEMBEDDING not in header.tensors
     if "token_embd.weight" in header.tensors:
         described["vocab_size"] = header.tensors["token_embd.weight"].shape[-1]
@@ -302,8 +313,6 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
     if family in UNUSUAL_SCALE:
         width = described["hidden_size"] // max(1, described["num_attention_heads"])
         described["query_pre_attn_scalar"] = described.get("head_dim", width)
-    if family == "qwen3moe":
-        described["norm_topk_prob"] = True  # as in all of its checkpoints; no setting says it
     if family == "starcoder2":
         described["use_bias"] = "blk.0.attn_q.bias" in header.tensors
     if rotary := _rotary(header, scaling, described):
@@ -316,7 +325,8 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
             }
     end = header.metadata.get("tokenizer.ggml.eos_token_id")
     check_keys(header.path.name, described)
-    config: Any = CONFIG_MAPPING[FAMILIES[family]](  # type: ignore[call-arg]  # any of its class
+    families = FAMILIES | MIXTURES if settings.get("expert_count") else FAMILIES
+    config: Any = CONFIG_MAPPING[families[family]](  # type: ignore[call-arg]  # any of its class
         eos_token_id=end, bos_token_id=None, pad_token_id=None, **described
     )
     for key, value in settings.items():
@@ -467,7 +477,10 @@ def read_weights(
         except NotImplementedError as error:
             raise ModelFailed(f"tensors of type {tensor.kind} are not read; {ADVICE}") from error
         # The first size in the file is that of the last dimension.
-        values = torch.from_numpy(np.array(found, np.float32)).reshape(tensor.shape[::-1])
+        shape, expected = tensor.shape[::-1], tuple(described[parameters[tensor.name]].shape)
+        if expected == (1, *shape):  # conversions store a matrix of one row as a vector
+            shape = expected
+        values = torch.from_numpy(np.array(found, np.float32)).reshape(shape)
         read[tensor.name] = _restored(family, tensor.name, values, header).to(data_type)
     return {
         parameter: read[found[0]] if len(found) == 1 else torch.cat([read.pop(n) for n in found], 1)
