@@ -275,9 +275,19 @@ def extended(pairs: Pairs, name: str, a: list[int], b: list[int]) -> Pairs:
 
 BROKEN: dict[str, tuple[dict[str, Any], Callable[[Pairs], Pairs], str]] = {
     "another kind": ({"peft_type": "IA3"}, dict, "describes 'IA3': expected LORA"),
-    "DoRA": ({"use_dora": True}, dict, "settings that are not read: use_dora"),
-    "whole modules": ({"modules_to_save": ["lm_head"]}, dict, "not read: modules_to_save"),
-    "biases": ({"bias": "all"}, dict, "trains biases"),
+    "DoRA": (
+        {"use_dora": True}, dict, "not read: use_dora: DoRA also changes the lengths of a weight's"
+    ),
+    "whole modules": (
+        {"modules_to_save": ["lm_head"]}, dict,
+        "not read: modules_to_save: whole modules were trained with it; merge the LoRA",
+    ),
+    "biases": ({"bias": "all"}, dict, "trains biases; merge the LoRA into the model's weights"),
+    "embeddings": (
+        {"target_modules": ["embed_tokens"]},
+        lambda p: p | {"model.embed_tokens": (torch.zeros(3, 120), torch.zeros(32, 3))},
+        "changes 'model.embed_tokens', which is not a linear map",
+    ),
     "a changed base": ({"init_lora_weights": "pissa"}, dict, "changes the base's weights"),
     "another rank": ({"r": 4}, dict, "expected rank 4"),
     "a rank of 10^9": ({"r": 10**9}, dict, "expected rank 1e+09, at most 4096"),

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
+from januslens_server.models.quantization_scheme import read_scheme
 from tests.architectures.cases import CASES, MIXTURES, SHARED_EXPERTS, Case
 from tests.loading.folders import room_for, saved
 
@@ -585,6 +587,17 @@ def test_other_schemes_are_refused_with_the_command_that_converts_them(
     reason = refusal(source)
     assert f"quantised by {method or 'an unnamed method'}" in reason
     assert advice in reason
+
+
+READ = {"awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4", "mxfp8"}
+
+
+@pytest.mark.parametrize("method", sorted(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - READ))
+def test_every_other_scheme_of_transformers_is_refused_by_name(method: str) -> None:
+    with pytest.raises(ModelFailed) as refused:
+        read_scheme({"quantization_config": {"quant_method": method, "bits": 4}})
+    assert f"is quantised by {method}: expected awq, compressed-tensors" in str(refused.value)
+    assert "serve the checkpoint that it was made from" in str(refused.value)
 
 
 def test_schemes_of_other_parts_are_refused(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ IGNORED = {
 }
 # Initialisations of A and B that do not change the base's weights, as others do.
 HARMLESS_DRAWS = {True, False, "eva", "gaussian", "orthogonal"}
+# Why settings that change more than `s B A` are refused.
+REASONS = {
+    "modules_to_save": "whole modules were trained with it",
+    "use_dora": "DoRA also changes the lengths of a weight's rows, which is no change of low rank",
+}
+MERGE = (
+    "merge the LoRA into the model's weights, with PEFT: python -c \"from peft import "
+    "AutoPeftModelForCausalLM as M; M.from_pretrained('FOLDER').merge_and_unload()"
+    ".save_pretrained('NEW_FOLDER')\", and copy the tokenizer's files"
+)
 LITERAL = re.compile(r"[\w.]+")
 
 
@@ -164,7 +174,7 @@ def read_lora(folder: Path, limit: int, progress: LoadingProgress) -> Lora:
     if unknown := sorted(key for key, name in names.items() if name is None):
         raise ModelFailed(
             f"{WEIGHTS} has weights that are not LoRA matrices of linear maps: "
-            f"{shortlist(unknown)}; merge the LoRA into the model's weights"
+            f"{shortlist(unknown)}; {MERGE}"
         )
     modules = sorted({name for name in names.values() if name is not None})
     if not modules:
@@ -186,15 +196,15 @@ def read_lora(folder: Path, limit: int, progress: LoadingProgress) -> Lora:
 def _check_described(described: Mapping[str, Any]) -> None:
     kind = described.get("peft_type")
     if kind != "LORA":
-        raise ModelFailed(f"{ADAPTER} describes {kind!r}: expected LORA; merge it into the model")
+        raise ModelFailed(f"{ADAPTER} describes {kind!r}: expected LORA; {MERGE}")
     unread = sorted(k for k, value in described.items() if value and k not in READ | IGNORED)
     if unread:
+        reasons = "".join(f": {REASONS[key]}" for key in unread if key in REASONS)
         raise ModelFailed(
-            f"{ADAPTER} has settings that are not read: {shortlist(unread)}; merge the LoRA into "
-            "the model's weights"
+            f"{ADAPTER} has settings that are not read: {shortlist(unread)}{reasons}; {MERGE}"
         )
     if described.get("bias", "none") != "none":
-        raise ModelFailed(f"{ADAPTER} trains biases: merge the LoRA into the model's weights")
+        raise ModelFailed(f"{ADAPTER} trains biases; {MERGE}")
     drawn = described.get("init_lora_weights", True)
     if not isinstance(drawn, bool | str) or drawn not in HARMLESS_DRAWS:
         raise ModelFailed(
@@ -268,8 +278,7 @@ def _copied(base: ResidentModel) -> Any:
     """Copy the base's modules, but not its parameters."""
     if len(set(getattr(base.network, "hf_device_map", {"": ""}).values())) > 1:
         raise ModelFailed(
-            f"the base {base.name!r} is split over devices: expected one device; merge the LoRA "
-            "into the model's weights"
+            f"the base {base.name!r} is split over devices: expected one device; {MERGE}"
         )
     shared = chain(base.network.parameters(), base.network.buffers())
     return copy.deepcopy(base.network, {id(tensor): tensor for tensor in shared})

@@ -33,13 +33,15 @@ FORMATS = {
 # What is added to stored zero points, by the format's name.
 GPTQ_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 AWQ_BITS = 4
-# How to convert what is not read.
+# How to convert what is not read: transformers dequantises two schemes on a GPU, llama.cpp another.
+DEQUANTISE = (
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\""
+)
 CONVERSIONS = {
-    "bitsandbytes": (
-        'python -c "from transformers import AutoModelForCausalLM as M; '
-        "M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\""
-    ),
+    "bitsandbytes": DEQUANTISE,
     "gptq": "convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE.gguf (from llama.cpp)",
+    "higgs": DEQUANTISE,
 }
 
 
