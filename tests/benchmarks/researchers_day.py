@@ -280,7 +280,7 @@ class Plain:
 
 
 class TransformerLens:
-    """The tasks with a bridge of TransformerLens, for RMS norms without a norm after sublayers."""
+    """The tasks that need no code of one's own, with a bridge of TransformerLens."""
 
     def __init__(self, folder: Path) -> None:
         bridge: Any = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
@@ -446,16 +446,18 @@ def measure(folder: Path, rounds: int, threads: int, lens: bool, only: Sequence[
             ways["TransformerLens"] = TransformerLens(folder)
         for way in ways.values():  # the first passes of a process are slow
             way.lens(service.ids(FACT))
-        click.echo(f"\n{folder.name} | " + " | ".join(ways) + " | service / plain | difference")
+        click.echo(
+            f"\n{folder.name} | " + " | ".join(ways) + " | service / plain | differences from plain"
+        )
         for name, task in tasks(service).items():
             if only and task.method not in only:
                 continue
             done = {way: task.of(made) for way, made in ways.items() if hasattr(made, task.method)}
             taken, results = timed(done, 1 if task.once else rounds)
-            apart = difference(results["service"], results["plain"])
+            apart = [difference(results[way], results["plain"]) for way in done if way != "plain"]
             cells = [f"{taken[way]:.2f}" if way in taken else "" for way in ways]
             ratio = f"{taken['service'] / taken['plain']:.2f}"
-            click.echo(" | ".join([name, *cells, ratio, apart]))
+            click.echo(" | ".join([name, *cells, ratio, ", ".join(apart)]))
 
 
 @click.command(help="Time a researcher's day on the checkpoints of `make real`.")
@@ -481,7 +483,7 @@ def main(
     click.echo(machine(threads))
     for folder in (SMOLLM, GEMMA):
         if not model or folder.name in model:
-            measure(folder, rounds, threads, lens is not None and folder == SMOLLM, task)
+            measure(folder, rounds, threads, lens is not None, task)
 
 
 if __name__ == "__main__":
