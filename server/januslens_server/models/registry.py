@@ -41,7 +41,8 @@ SelfCheck = Callable[[ResidentModel], tuple[ResidentModel, Sequence[Guarantee]]]
 Observer = Callable[[ModelStatus], None]
 Scope = Callable[[str], bool]
 
-# Seconds within which the tensors of an unloaded model must be free, and between two collections.
+# Seconds within which the tensors of an unloaded model must be free, and between the first two
+# collections.
 # The last references to them are those of requests that have just ended.
 RELEASE_SECONDS, COLLECTION_SECONDS = 10.0, 0.1
 # Models in any state, of which ListModels returns up to 1.6 KB each.
@@ -336,14 +337,19 @@ class Registry:
 
 
 def _release(name: str, network: weakref.ref[PreTrainedModel]) -> None:
-    """Free the memory of a model that is no longer used."""
-    for _ in range(round(RELEASE_SECONDS / COLLECTION_SECONDS)):
-        tuning.release_objects()
-        if network() is None:
+    """Free the memory of a model that is no longer used.
+
+    Each collection stops the whole process for some 0.2 s, so the time between two of them doubles.
+    """
+    latest, pause = time.monotonic() + RELEASE_SECONDS, COLLECTION_SECONDS
+    tuning.release_objects()
+    while network() is not None:
+        if time.monotonic() > latest:
+            logger.warning("model %s is unloaded, but its memory is still in use", name)
             break
-        time.sleep(COLLECTION_SECONDS)
-    else:
-        logger.warning("model %s is unloaded, but its memory is still in use", name)
+        time.sleep(pause)
+        pause *= 2
+        tuning.release_objects()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
