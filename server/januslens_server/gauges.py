@@ -61,11 +61,13 @@ def show_memory(configured: str) -> None:
             _shown[gauge] = partial(used_bytes, device, kind)
 
 
-def show_model(name: str, state: ModelState | None, loaded_fraction: Reading) -> None:
-    """Show a model's state, and the share of its loading that is done.
-
-    The state is 1 for the current one and 0 for all others; None means that the model is unloaded.
-    """
+def show_model(name: str, state: ModelState, loaded_fraction: Reading) -> None:
+    """Show a model's state, 1 for the current one and 0 for all others, and its loaded share."""
     for shown in ModelState:
         telemetry.MODEL_STATE.labels(name, shown.name).set(state is shown)
     _show(telemetry.LOADED_FRACTION.labels(name), loaded_fraction)
+
+
+def hide_model(name: str) -> None:
+    """Show a model no longer, because it is unloaded; call it in the event loop."""
+    _shown.pop(telemetry.LOADED_FRACTION.labels(name), None)

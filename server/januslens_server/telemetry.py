@@ -1,8 +1,8 @@
 """The server's Prometheus metrics.
 
 Label values come from settings (models, devices, names in the callers' file) or fixed sets
-(methods, codes, reasons, stages), never from requests: every new value creates a series that is
-never removed.
+(methods, codes, reasons, stages), never from requests: every new value creates a series. Only the
+series of a model are removed, when it is unloaded.
 """
 
 from __future__ import annotations
@@ -135,6 +135,22 @@ LOOP_LAG_SECONDS = Histogram(
     "Delay of the event loop in seconds.",
     buckets=PART_BUCKETS,
 )
+
+# The metrics with the label `model`.
+_OF_MODELS: tuple[Counter | Gauge, ...] = (
+    TOKENS,
+    MODEL_REQUESTS,
+    EXPERIMENTS,
+    MODEL_STATE,
+    LOADED_FRACTION,
+)
+
+
+def remove_model(name: str) -> None:
+    """Remove all series of a model that is unloaded."""
+    for metric in _OF_MODELS:
+        metric.remove_by_labels({"model": name})
+
 
 LOOP_LAG_INTERVAL = 0.25
 

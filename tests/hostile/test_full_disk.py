@@ -13,8 +13,10 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
+from prometheus_client.mmap_dict import mmap_key
 
 from januslens.v1 import models_pb2, service_pb2_grpc
+from januslens_server.processes import metrics
 from januslens_server.processes.metric_files import RESERVED_BYTES, ReservedFile
 from tests.support.server import running_server
 
@@ -71,6 +73,36 @@ def test_disk_that_fills_up_later_ends_no_process(
     assert len(caplog.records) == 1
     shown = dict(entry[:2] for entry in ReservedFile.read_all_values_from_file(file._fname))
     assert shown["series 9"] == 9
+
+
+def test_removed_series_leave_their_places_to_others(tmp_path: Path) -> None:
+    """Files of 300 models, one after another, are as large as those of one."""
+    path, other = tmp_path / "counter_1.db", tmp_path / "counter_2.db"
+    sizes = set()
+    with closing(ReservedFile(str(path))) as file, closing(ReservedFile(str(other))) as second:
+        file.write_value(mmap_key("m", "m_total", ["model"], ["demo"], "Help."), 7.0, 0.0)
+        for i in range(100, 400):
+            key = mmap_key("m", "m_total", ["model"], [f"né {i}"], "Help.")
+            assert file.read_value(key)[0] == 0.0
+            file.write_value(key, 1.0, 0.0)
+            second.write_value(key, 2.0, 0.0)
+            assert totals(tmp_path) == {"demo": 7.0, f"né {i}": 3.0}
+            file.remove("model", f"né {i}")
+            assert totals(tmp_path) == {"demo": 7.0, f"né {i}": 2.0}
+            second.remove("model", f"né {i}")
+            assert totals(tmp_path) == {"demo": 7.0}
+            sizes.add((file._used, second._used))
+    assert len(sizes) == 1
+    with closing(ReservedFile(str(path))) as replacement:
+        replacement.write_value(mmap_key("m", "m_total", ["model"], ["né 9 1"], "Help."), 1.0, 0.0)
+        assert (replacement._used, second._used) in sizes
+    assert totals(tmp_path) == {"demo": 7.0, "né 9 1": 1.0}
+
+
+def totals(folder: Path) -> dict[str, float]:
+    """Read the files as the metrics page does."""
+    found = metrics.registry(folder).collect()
+    return {sample.labels["model"]: sample.value for metric in found for sample in metric.samples}
 
 
 def test_two_processes_serve_on_a_full_temporary_folder(tmp_path: Path) -> None:

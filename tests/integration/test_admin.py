@@ -21,7 +21,7 @@ from januslens_server.access.callers import token_hash
 from tests.architectures.cases import CASES
 from tests.loading.folders import saved
 from tests.support.calls import long_trace, started
-from tests.support.metrics import sample
+from tests.support.metrics import page, sample
 from tests.support.model_folders import healthy, with_nan
 from tests.support.server import ServerProcess, running_server
 
@@ -108,6 +108,20 @@ def test_a_loaded_model_is_served_until_it_is_unloaded(site: Site) -> None:
         with pytest.raises(grpc.RpcError) as unknown:
             serving(site, "tiny")
         assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_unloaded_models_leave_no_metric_series(site: Site) -> None:
+    counts = set()
+    with site.client() as client:
+        for i in range(3):
+            site.loaded(client, f"tiny-{i}", site.folder / "tiny")
+            assert client.trace([1, 2, 3], model=f"tiny-{i}").layers
+            assert sample(site.server, "januslens_tokens_total", model=f"tiny-{i}") >= 3
+            client.unload_model(f"tiny-{i}")
+            samples = [found for family in page(site.server) for found in family.samples]
+            assert f"tiny-{i}" not in {found.labels.get("model") for found in samples}
+            counts.add(len(samples))
+    assert len(counts) == 1
 
 
 def test_only_callers_with_the_scope_change_models(site: Site) -> None:

@@ -274,8 +274,15 @@ def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
 def test_a_replacement_has_the_changed_models_and_unloading_ends_in_both(pair: Pair) -> None:
     assert found_in_both(pair, "copy") == {"STATE_READY"}
     with pair.client() as client:
+        assert "copy" in models_of_metrics(pair.server)
         client.unload_model("copy")
     assert found_in_both(pair, "copy") == {"NONE"}
+    assert models_of_metrics(pair.server) == {None, "demo"}
+
+
+def models_of_metrics(server: ServerProcess) -> set[str | None]:
+    """Names of the models that the metrics page has series of."""
+    return {found.labels.get("model") for family in page(server) for found in family.samples}
 
 
 def test_sigterm_drains_both(pair: Pair) -> None:

@@ -23,6 +23,7 @@ from januslens_server.processes.child import (
     Settle,
     Stalled,
 )
+from januslens_server.processes.metric_files import remove_model
 from januslens_server.results import ModelState
 from januslens_server.serving.assembly import Assembly
 from januslens_server.serving.ports import add_port
@@ -43,6 +44,7 @@ async def serve_as_child(
     """
     assembly = Assembly(settings, models)
     assembly.changes.relay = lambda change: pipe.send(Asked(change))
+    assembly.on_forget = remove_model
     assembly.on_stall = lambda stalled: pipe.send(Stalled(number, stalled))
     opened = _follow_supervisor(pipe, folder, assembly)
     assembly.load()

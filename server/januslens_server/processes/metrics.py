@@ -6,11 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Metric, multiprocess
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from januslens_server import telemetry
+from januslens_server.processes.metric_files import ReservedFile
+
+# The class that MultiProcessCollector reads files with.
+setattr(multiprocess, "MmapedDict", ReservedFile)  # noqa: B010 - not declared in the module's types
 
 
 class AllProcesses(Collector):

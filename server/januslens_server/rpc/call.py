@@ -153,6 +153,7 @@ class Call:
         _traceback: TracebackType | None,
     ) -> None:
         leave_places()
+        self._count_use()  # before the model may be unloaded, which removes its series
         self._held.close()
         if error is None:
             await self.send_headers()
@@ -188,7 +189,6 @@ class Call:
         fields = self._log_fields(code, seconds)
         spans.end_span(self._span, code.name, code.value[0], fields)
         logger.info("%s %s", self.method, code.name, extra=fields)
-        self._count_use()
 
     def _count_use(self) -> None:
         """Count the call for its model and its caller.

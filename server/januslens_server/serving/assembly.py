@@ -126,6 +126,7 @@ class Assembly:
             peers=PeerLimits(settings.max_connections, settings.max_streams),
         )
         self._announced = False
+        self.on_forget: Callable[[str], object] = lambda _name: None
         self.on_stall: Callable[[bool], object] = lambda _stalled: None
         self._background = [
             self._loop.create_task(telemetry.watch_event_loop()),
@@ -199,8 +200,14 @@ class Assembly:
         logger.info("model %s unloaded", name)
         self._paces.pop(name, None)
         self._admission.forget(name)
-        gauges.show_model(name, None, lambda: 0.0)
+        # In the event loop, which writes gauges: they would create the series again.
+        self._loop.call_soon_threadsafe(self._remove_series, name)
         self._loop.call_soon_threadsafe(self._update)
+
+    def _remove_series(self, name: str) -> None:
+        gauges.hide_model(name)
+        telemetry.remove_model(name)
+        self.on_forget(name)
 
     def _update(self) -> None:
         if self._announced and self.health.update(self.registry.statuses()):
