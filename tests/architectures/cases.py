@@ -562,8 +562,23 @@ FALCON_H1 = (
         length=8,
     ),
 )
+# Blocks with attention or an MLP, but not both.
+NEMOTRON_H = (
+    Case(
+        "nemotron_h",
+        "one sublayer per block",
+        GROUPED
+        | {
+            "layers_block_type": ["full_attention", "mlp", "mlp"],
+            "num_hidden_layers": 3,
+            "mtp_layers_block_type": [],
+            "mlp_bias": True,
+        },
+        length=8,
+    ),
+)
 READ_BY_STRUCTURE = (
-    WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT + LLAMA4 + GEMMA4 + FALCON_H1 + COMBINED
+    WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT + LLAMA4 + GEMMA4 + FALCON_H1 + NEMOTRON_H + COMBINED
 )
 MEASURED = CASES + MIXTURES + READ_BY_STRUCTURE
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))

@@ -210,6 +210,8 @@ _FUSED = ("query_key_value", "qkv_proj", "Wqkv", "c_attn")
 def _attentions(case: Case, network: Any) -> list[Any]:
     text = getattr(network.base_model, "language_model", network)
     blocks = next(module for module in text.modules() if isinstance(module, nn.ModuleList))
+    if case.family == "nemotron_h":  # blocks with attention come before the others
+        return [block.mixer for block in blocks if block.block_type == "full_attention"]
     found = [
         next(getattr(block, name) for name in _ATTENTION_NAMES if hasattr(block, name))
         for block in blocks

@@ -116,7 +116,7 @@ def test_gradients_of_a_changed_pass_give_the_vjps_of_queries() -> None:
         assert not of_scores[[5, 8], 1, 2].any()
         assert (of_scores - plain[layer][2]).abs().max() > 1e-4
         keys = of_layer(Site.KEY, layer, changes)
-        scale = resident(GPT2).view.parts(layer).attention.scoring.scale
+        scale = resident(GPT2).view.attention(layer).scoring.scale
         pulled = torch.einsum("phs,she->phe", of_scores, keys).flatten(1) * scale
         (matrix,) = (m for m in found if isinstance(m, GradientMatrix) and m.layer == layer)
         assert matrix.verification is not None

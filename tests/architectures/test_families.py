@@ -35,13 +35,13 @@ def test_every_adapter_has_a_case() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_facts_match_the_weights_shapes(case: Case) -> None:
     model = resident(case)
-    facts, block = model.view.facts, model.view.parts(0)
+    facts, block, attention = model.view.facts, model.view.parts(0), model.view.attention(0)
     assert len(model.view.blocks) == facts.n_layers
-    assert block.attention.query.weight.shape == (facts.d_model, facts.n_heads * facts.d_head)
-    for linear in (block.attention.key, block.attention.value):
+    assert attention.query.weight.shape == (facts.d_model, facts.n_heads * facts.d_head)
+    for linear in (attention.key, attention.value):
         assert linear.weight.shape == (facts.d_model, facts.n_kv_heads * facts.d_head)
-    assert block.attention.n_kv_heads == facts.n_kv_heads
-    assert block.attention.output.weight.shape == (facts.n_heads * facts.d_head, facts.d_model)
+    assert attention.n_kv_heads == facts.n_kv_heads
+    assert attention.output.weight.shape == (facts.n_heads * facts.d_head, facts.d_model)
     assert isinstance(block.mlp, Mlp)
     assert block.mlp.ff2.weight.shape == (facts.d_mlp, facts.d_model)
     unembedding = model.view.lens.unembedding

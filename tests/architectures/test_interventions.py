@@ -382,7 +382,7 @@ def random_blocks(case: Case, seed: int) -> list[InterventionSpec]:
             BlockSources(),
             layers=some(model.view.facts.n_layers, 0.5),
             positions=some(length, 0.25) or (length - 1,),
-            heads=some(model.view.parts(0).attention.n_heads, 0.5),
+            heads=some(model.view.attention(0).n_heads, 0.5),
             sources=some(length, 0.3) or (0,),
         )
         for _ in range(3)
@@ -393,9 +393,9 @@ def leaves_no_source(case: Case, blocks: list[InterventionSpec]) -> bool:
     """Whether the blocks together hide all sources of a query position in a head."""
     model = resident(case)
     layers, length = range(model.view.facts.n_layers), len(case.prompt)
-    heads = range(model.view.parts(0).attention.n_heads)
+    heads = range(model.view.attention(0).n_heads)
     for layer, head, position in product(layers, heads, range(length)):
-        first = model.view.parts(layer).attention.scoring.first_source(position)
+        first = model.view.attention(layer).scoring.first_source(position)
         left = set(range(first, position + 1))
         for found in blocks:
             if (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -46,10 +47,12 @@ from januslens_server.specs import (
     LensSpec,
     NegativeLogLikelihood,
     Scale,
+    Selection,
     Site,
     TraceSpec,
+    Unit,
 )
-from tests.architectures.cases import VOCABULARY, Case
+from tests.architectures.cases import NEMOTRON_H, VOCABULARY, Case
 from tests.architectures.tiny_models import plain, resident
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
@@ -272,6 +275,25 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
         resolve_find_neurons(model, FindNeuronsSpec((7,), False, (0,), 0, 5))
     with pytest.raises(InvalidRequest, match=r"no layer of .* has known matrices"):
         resolve_gradient_lens(served(MAMBA), GradientLensSpec(prompt, NegativeLogLikelihood((7,))))
+
+
+def test_part_that_a_block_lacks_is_refused_with_the_layers_that_have_it() -> None:
+    (case,) = NEMOTRON_H  # attention in layer 0, an MLP in layers 1 and 2
+    model, prompt = resident(case), tuple(case.prompt)
+    assert {found.level for found in model.view.levels} == {Level.PARTS}
+    neurons = FindNeuronsSpec((7,), False, (), 0, 5)
+    assert resolve_find_neurons(model, neurons).layers == (1, 2)
+    with pytest.raises(InvalidRequest, match=r"layer 0 of .* has no MLP; .* have one: 1, 2$"):
+        resolve_find_neurons(model, replace(neurons, layers=(0,)))
+    with pytest.raises(InvalidRequest, match=r"layer 1 of .* has no attention; .* one: 0$"):
+        resolve_trace(model, TraceSpec(prompt, selection=Selection(only_heads=(Unit(1, 0),))))
+    spec = ActivationsSpec(prompt, (Site.NEURONS, Site.ATTENTION_PATTERN), layers=())
+    sites = {
+        (event.layer, event.site)
+        for event in activations(resolve_activations(model, spec), lambda: None)
+        if isinstance(event, SiteValues)
+    }
+    assert sites == {(0, Site.ATTENTION_PATTERN), (1, Site.NEURONS), (2, Site.NEURONS)}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,12 @@ def in_blocks(change: Callable[[Block], Block]) -> Change:
 
 
 def in_attention(change: Callable[[Attention], Attention]) -> Change:
-    return in_blocks(lambda block: replace(block, attention=change(block.attention)))
+    return in_blocks(lambda block: replace(block, attention=change(attention_of(block))))
+
+
+def attention_of(block: Block) -> Attention:
+    assert block.attention is not None
+    return block.attention
 
 
 def in_scoring(**changes: Any) -> Change:
@@ -45,7 +50,7 @@ def keys_for_values(attention: Attention) -> Attention:
 
 
 def added_at_once(block: Block) -> Block:
-    return replace(block, attention=replace(block.attention, finish=None, added=None))
+    return replace(block, attention=replace(attention_of(block), finish=None, added=None))
 
 
 def not_copied(block: Block) -> Block:
@@ -54,7 +59,7 @@ def not_copied(block: Block) -> Block:
 
 
 def rotated_as_the_first(view: ModelView) -> ModelView:
-    rotation = view.parts(0).attention.rotation
+    rotation = view.attention(0).rotation
     return in_attention(lambda own: replace(own, rotation=rotation))(view)
 
 

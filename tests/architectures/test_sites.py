@@ -11,6 +11,7 @@ from torch import Tensor
 
 from januslens_server.errors import InvalidRequest, never_cancelled
 from januslens_server.models.experts import Experts
+from januslens_server.models.views import Mlp
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.resolve import resolve_activations
 from januslens_server.results import SiteValues
@@ -141,7 +142,7 @@ def test_patterns_mix_values_to_head_results(case: Case) -> None:
 def test_neurons_are_the_input_of_the_last_map(case: Case) -> None:
     model = resident(case)
     for layer, block in model.view.known.items():
-        if isinstance(block.mlp, Experts):
+        if not isinstance(block.mlp, Mlp):
             continue
         taken: list[Tensor] = []
         handle = block.mlp.ff2.module.register_forward_pre_hook(

@@ -137,7 +137,7 @@ SUBLAYERS: dict[Case, Added] = {
         "post_attention_layernorm",
         (STATE_SPACE, SublayerKind.EXPERTS, SublayerKind.MLP),
     ),
-    NEMOTRON_H: Added(1, {ATTENTION: {"mixer": 1.0}}, None, (SublayerKind.ATTENTION,)),
+    NEMOTRON_H: Added(3, {MLP: {"mixer": 1.0}}, None, (SublayerKind.EXPERTS,)),
 }
 every_case = pytest.mark.parametrize("case", SUBLAYERS, ids=lambda case: case.id)
 
@@ -186,6 +186,10 @@ def logits(network: Any, case: Case) -> Tensor:
     return found
 
 
+# Kinds that only other layers of these cases have, or parts of sublayers.
+OUTSIDE = {NodeKind.OTHER, NodeKind.FINAL_NORM, NodeKind.PREDICTION}
+
+
 class Traced(NamedTuple):
     """The traced layer at every position: vectors and gradient norms by node id, and its sums."""
 
@@ -203,7 +207,7 @@ def traced(case: Case) -> Traced:
         lens=LensSpec(top_k=0, bottom_k=0),
         include_vectors=True,
         include_attribution=True,
-        node_kinds=SUBLAYER_KINDS - {NodeKind.OTHER},
+        node_kinds=SUBLAYER_KINDS - OUTSIDE,
     )
     found = Traced({}, {}, [])
     for graph in trace(resolve_trace(served(case), spec), lambda: None):

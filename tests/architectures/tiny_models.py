@@ -21,7 +21,7 @@ from tests.architectures.cases import Case
 TOKENIZER = Path(__file__).parents[1] / "numerics" / "goldens" / "tokenizer"
 
 # Their norms multiply by 1 + weight.
-LESS_ONE = ("Gemma", "Nemotron", "VaultGemma")
+LESS_ONE = ("Gemma", "NemotronLayerNorm", "VaultGemma")
 
 
 @cache

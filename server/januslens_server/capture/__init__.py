@@ -1,6 +1,8 @@
 """Capture a model's activations during a forward pass: taps, hooks and the captured tensors."""
 
 from januslens_server.capture.activations import (
+    OF_ATTENTION,
+    OF_MLP,
     HiddenSources,
     LayerActivations,
     NeuronChange,
@@ -21,6 +23,8 @@ from januslens_server.capture.hooks import (
 from januslens_server.capture.interruption import interruptible
 
 __all__ = [
+    "OF_ATTENTION",
+    "OF_MLP",
     "End",
     "HiddenSources",
     "LayerActivations",

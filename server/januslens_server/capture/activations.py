@@ -109,6 +109,18 @@ class StreamActivations:
         return position if self.kept is None else self.kept[position]
 
 
+# The fields of `LayerActivations` that every attention has, and those that every MLP has.
+OF_ATTENTION = (
+    "attention_input",
+    "query",
+    "key",
+    "value",
+    "attention_concat",
+    "attention_output",
+)
+OF_MLP = ("mlp_input", "mlp_output")
+
+
 @dataclass(frozen=True)
 class LayerActivations:
     """The tensors of one block, as the model computed them, without the batch dimension.
@@ -124,6 +136,8 @@ class LayerActivations:
     without one. `mixer_output` is what other sublayers add. Parallel blocks have no `residual_mid`.
     Mixtures of experts have `routing` instead of `neurons`. `gate` `[pos, n_heads, d_head or 1]`
     multiplies the results of heads before they are concatenated; None if the model has none.
+    In a block without attention or without an MLP, the fields of `OF_ATTENTION` or `OF_MLP` are
+    empty tensors.
     `query_scale` and `key_scale` `[pos, d_head]` are set if latent vectors are normed between two
     linear maps: the norm's scale for each dimension of a query or key.
 

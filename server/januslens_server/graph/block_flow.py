@@ -86,20 +86,22 @@ def block_flow(
     residual, total = acts.block_input[rows].float(), acts.block_output[rows].float()
     outside, flow = flow, _inside(flow, weights.multiplier, total)
     source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
-    attention = _Sublayer(
-        kinds=ATTENTION,
-        inside=IN_ATTENTION,
-        rows=rows,
-        normed=acts.attention_input if weights.attention_prenorm else None,
-        raw=acts.attention_sum,
-        added=acts.attention_output,
-        finish=weights.attention.finish,
-        add=partial(add_attention, acts=acts, weights=weights.attention, selection=selection),
-        sum_gradients=gradients.get("attention_sum"),
-        added_gradients=gradients.get("attention_output"),
-    )
-    attended = _add_sublayer(flow, source, residual, attention)
-    terms: Terms = [(source, residual), (attended, attention.added[rows].float())]
+    terms: Terms = [(source, residual)]
+    if weights.attention is not None:
+        attention = _Sublayer(
+            kinds=ATTENTION,
+            inside=IN_ATTENTION,
+            rows=rows,
+            normed=acts.attention_input if weights.attention_prenorm else None,
+            raw=acts.attention_sum,
+            added=acts.attention_output,
+            finish=weights.attention.finish,
+            add=partial(add_attention, acts=acts, weights=weights.attention, selection=selection),
+            sum_gradients=gradients.get("attention_sum"),
+            added_gradients=gradients.get("attention_output"),
+        )
+        attended = _add_sublayer(flow, source, residual, attention)
+        terms.append((attended, attention.added[rows].float()))
 
     def mixed() -> Terms:
         if acts.mixer_output is None:
@@ -116,19 +118,20 @@ def block_flow(
         source = _add_sum(inside, NodeKind.RESIDUAL_MID, middle, terms, acts.replaced)
         residual = middle
         terms = [(source, middle)]
-    mlp = _Sublayer(
-        kinds=MLP,
-        inside=IN_MLP,
-        rows=rows,
-        normed=acts.mlp_input if weights.mlp_prenorm else None,
-        raw=acts.mlp_sum,
-        added=acts.mlp_output,
-        finish=weights.mlp.finish,
-        add=partial(add_mlp, acts=acts, weights=weights.mlp, selection=selection),
-        sum_gradients=gradients.get("mlp_sum"),
-        added_gradients=gradients.get("mlp_output"),
-    )
-    terms.append((_add_sublayer(flow, source, residual, mlp), mlp.added[rows].float()))
+    if weights.mlp is not None:
+        mlp = _Sublayer(
+            kinds=MLP,
+            inside=IN_MLP,
+            rows=rows,
+            normed=acts.mlp_input if weights.mlp_prenorm else None,
+            raw=acts.mlp_sum,
+            added=acts.mlp_output,
+            finish=weights.mlp.finish,
+            add=partial(add_mlp, acts=acts, weights=weights.mlp, selection=selection),
+            sum_gradients=gradients.get("mlp_sum"),
+            added_gradients=gradients.get("mlp_output"),
+        )
+        terms.append((_add_sublayer(flow, source, residual, mlp), mlp.added[rows].float()))
     if weights.mixer_after_mid:
         terms += mixed()
     whole = outside.toward(gradients.get("block_output"))

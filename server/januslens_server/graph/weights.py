@@ -367,12 +367,13 @@ class MlpWeights(Protocol):
 class BlockWeights:
     """The weights of one block, and whether a norm precedes attention and MLP.
 
-    `multiplier` is that of the sum that the block returns. `mixer_after_mid` says whether other
+    Attention or MLP is None if the block lacks it. `multiplier` is that of the sum that the block
+    returns. `mixer_after_mid` says whether other
     sublayers read the residual between attention and MLP, or the block's input.
     """
 
-    attention: AttentionWeights
-    mlp: MlpWeights
+    attention: AttentionWeights | None
+    mlp: MlpWeights | None
     attention_prenorm: bool
     mlp_prenorm: bool
     multiplier: float = 1.0

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from januslens_server.capture import (
+    OF_ATTENTION,
+    OF_MLP,
     End,
     HiddenSources,
     LayerActivations,
@@ -16,7 +18,7 @@ from januslens_server.capture import (
 )
 from januslens_server.capture.hooks import rows
 from januslens_server.graph.mlp import DenseMlp
-from januslens_server.graph.weights import AttentionWeights, BlockWeights
+from januslens_server.graph.weights import AttentionWeights, BlockWeights, Finish
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Attention, Block, CoarseBlock, Mlp
 from januslens_server.transfer import DeviceIndex
@@ -24,7 +26,20 @@ from januslens_server.transfer import DeviceIndex
 
 def block_weights(block: Block) -> BlockWeights:
     """A block's weights as float32 tensors in the row convention; views of a float32 model's."""
-    attention, mlp = block.attention, block.mlp
+    mlp = None
+    if block.mlp is not None:
+        mlp = _dense(block.mlp) if isinstance(block.mlp, Mlp) else block.mlp.mlp()
+    return BlockWeights(
+        attention=None if block.attention is None else _attention_weights(block.attention),
+        mlp=mlp,
+        attention_prenorm=block.attention_prenorm,
+        mlp_prenorm=block.mlp_prenorm,
+        multiplier=block.multiplier,
+        mixer_after_mid=all(each.after_mid for each in block.beside),
+    )
+
+
+def _attention_weights(attention: Attention) -> AttentionWeights:
     if attention.latent is None:
         query = attention.query.weight.float()
         key = attention.key.weight.float().unflatten(1, (attention.n_kv_heads, -1))
@@ -33,24 +48,17 @@ def block_weights(block: Block) -> BlockWeights:
         key = attention.latent.key(attention.key, attention.n_kv_heads)
     query = query.unflatten(1, (attention.n_heads, -1))
     output = attention.output.weight.float().unflatten(0, (attention.n_heads, -1))
-    return BlockWeights(
-        attention=AttentionWeights(
-            query=query.transpose(0, 1),
-            key=key.transpose(0, 1),
-            output=output,
-            bias=None if attention.output.bias is None else attention.output.bias.float(),
-            row_norms=attention.output.row_norms,
-            scoring=attention.scoring,
-            query_map=attention.query_map,
-            key_map=attention.key_map,
-            value_clip=attention.value_clip,
-            finish=attention.finish,
-        ),
-        mlp=_dense(mlp) if isinstance(mlp, Mlp) else mlp.mlp(),
-        attention_prenorm=block.attention_prenorm,
-        mlp_prenorm=block.mlp_prenorm,
-        multiplier=block.multiplier,
-        mixer_after_mid=all(each.after_mid for each in block.beside),
+    return AttentionWeights(
+        query=query.transpose(0, 1),
+        key=key.transpose(0, 1),
+        output=output,
+        bias=None if attention.output.bias is None else attention.output.bias.float(),
+        row_norms=attention.output.row_norms,
+        scoring=attention.scoring,
+        query_map=attention.query_map,
+        key_map=attention.key_map,
+        value_clip=attention.value_clip,
+        finish=attention.finish,
     )
 
 
@@ -76,7 +84,18 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
     if isinstance(block, CoarseBlock):
         mid = {} if block.residual_mid is None else {"residual_mid": block.residual_mid}
         return stream | added | mid
-    attention = block.attention
+    taps = stream | added
+    if block.residual_mid is not None:
+        taps["residual_mid"] = block.residual_mid
+    if block.attention is not None:
+        taps |= _attention_taps(block.attention)
+    if block.mlp is not None:
+        taps |= block.mlp.taps
+        taps |= {} if block.mlp.added is None else {"mlp_output": block.mlp.added}
+    return taps
+
+
+def _attention_taps(attention: Attention) -> dict[str, Tap]:
     taps = {
         "attention_input": attention.input,
         "query": attention.query.output,
@@ -87,13 +106,10 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
     }
     optional = {
         "gate": None if attention.gate is None else attention.gate.linear.output,
-        "residual_mid": block.residual_mid,
         "attention_output": attention.added,
-        "mlp_output": block.mlp.added,
     }
     latent = {} if attention.latent is None else attention.latent.taps
-    present = latent | {name: tap for name, tap in optional.items() if tap is not None}
-    return stream | taps | block.mlp.taps | present | added
+    return taps | latent | {name: tap for name, tap in optional.items() if tap is not None}
 
 
 def _value_tap(attention: Attention) -> dict[str, Tap]:
@@ -130,7 +146,7 @@ def sum_gradients(
         for i, each in enumerate(block.sublayers):  # those of one node are added to one residual
             named[each.node.name.lower()] = named.pop(f"sublayer_{i}") / each.multiplier
         return named
-    for name, finish in (("attention", block.attention.finish), ("mlp", block.mlp.finish)):
+    for name, finish in _finishes(block):
         if finish is None:
             named[f"{name}_output"] = named.pop(f"{name}_sum")
         elif finish.norm is None:
@@ -138,6 +154,12 @@ def sum_gradients(
     for i, each in enumerate(block.beside):
         named["mixer_output"] = named.pop(f"sublayer_{i}") / each.multiplier
     return named
+
+
+def _finishes(block: Block) -> list[tuple[str, Finish | None]]:
+    """Return what is applied to the results of attention and MLP, by the start of their fields."""
+    sublayers = (("attention", block.attention), ("mlp", block.mlp))
+    return [(name, found.finish) for name, found in sublayers if found is not None]
 
 
 def kept_rows(name: str, captured: torch.Tensor, positions: DeviceIndex) -> torch.Tensor:
@@ -218,16 +240,22 @@ def layer_activations(
         routing = block.mlp.routing(named)
     named = {name.removeprefix("normed_"): _rows_of(name, tensor) for name, tensor in named.items()}
     for name in ("query", "key", "value", "mapped_query", "mapped_key"):
-        if name in named:
+        if name in named and attention is not None:
             heads = attention.n_heads if name.endswith("query") else attention.n_kv_heads
             named[name] = named[name].unflatten(-1, (heads, -1))
-    if attention.latent is not None:
-        attention.latent.complete(named)
-    if attention.gate is not None:
-        named["gate"] = attention.gate(named["gate"], attention.n_heads)
+    rotation = None
+    if attention is not None:
+        if attention.latent is not None:
+            attention.latent.complete(named)
+        if attention.gate is not None:
+            named["gate"] = attention.gate(named["gate"], attention.n_heads)
+        if attention.rotation is not None:
+            rotation = attention.rotation(length).to(device)
     _complete_sums(block, named)
-    rotation = None if attention.rotation is None else attention.rotation(length).to(device)
     kept = None if positions is None else {p: row for row, p in enumerate(positions)}
+    nothing = torch.empty(0, device=device)
+    absent = {} if attention is not None else dict.fromkeys(OF_ATTENTION, nothing)
+    absent |= {} if block.mlp is not None else dict.fromkeys(OF_MLP, nothing)
     return LayerActivations(
         routing=routing,
         rotation=rotation,
@@ -236,6 +264,7 @@ def layer_activations(
         hidden_sources=hidden_sources,
         replaced=replaced,
         neuron_change=neuron_change,
+        **absent,
         **named,
     )
 
@@ -244,7 +273,7 @@ def _complete_sums(block: Block, named: dict[str, torch.Tensor]) -> None:
     """Replace captured results by what is added to the residual, by field name."""
     if "shared_sum" in named:
         named["mlp_sum"] = named["mlp_sum"] + named.pop("shared_sum")
-    for name, finish in (("attention", block.attention.finish), ("mlp", block.mlp.finish)):
+    for name, finish in _finishes(block):
         if finish is None:
             named[f"{name}_output"] = named.pop(f"{name}_sum")
         elif finish.norm is None:

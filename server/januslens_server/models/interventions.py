@@ -348,7 +348,7 @@ class Interventions:
         def see_gate(gate: AttentionGate, tapped: torch.Tensor) -> None:
             seen[GATE] = gate(tapped, self._model.view.facts.n_heads)
 
-        gate = self._model.view.parts(layer).attention.gate
+        gate = self._model.view.attention(layer).gate
         if gate is not None:
             hooks.enter_context(seeing(gate.linear.output, partial(see_gate, gate)))
 
@@ -369,7 +369,7 @@ class Interventions:
         hidden = self.hidden_sources(layer)
         if hidden is None:
             return tapped
-        attention = self._model.view.parts(layer).attention
+        attention = self._model.view.attention(layer)
         results = site.values(tapped)
         rotation = None
         if attention.rotation is not None:

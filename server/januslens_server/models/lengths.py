@@ -253,6 +253,8 @@ def attention_error(
     length = captured["query"].shape[-2]
     acts = layer_activations(block, captured, length)
     weights = block_weights(block).attention
+    if weights is None:
+        raise ValueError("expected a block with attention")
     worst = 0.0
     for position in positions:
         row = head_row(position, acts, weights)

@@ -116,7 +116,7 @@ def cost_sizes(model: ResidentModel) -> CostSizes:
         if isinstance(block, Block) and isinstance(block.mlp, Experts):
             experts = sum(p.numel() for p in block.mlp.module.parameters())
             per_token = max(per_token, routed * block.mlp.width + block.mlp.n_shared)
-        elif isinstance(block, Block) and facts.n_experts:
+        elif isinstance(block, Block) and block.mlp is not None and facts.n_experts:
             per_token = max(per_token, block.mlp.n_neurons)
         passed += whole - experts + experts * routed // max(1, facts.n_experts)
         largest = max(largest, whole)

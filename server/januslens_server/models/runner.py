@@ -455,7 +455,7 @@ def backward(
         for site in (Site.QUERY, Site.KEY, Site.VALUE)
     }
     results = {layer: site_tap(model, (layer, Site.HEAD_RESULT)) for layer in attention}
-    gates = {layer: gate for layer in attention if (gate := model.view.parts(layer).attention.gate)}
+    gates = {layer: gate for layer in attention if (gate := model.view.attention(layer).gate)}
 
     def keep(key: SiteKey, tapped: torch.Tensor) -> torch.Tensor:
         return inputs[key].values(tapped.detach()).clone()  # some models change it in place

@@ -58,7 +58,22 @@ def block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
     output = {Site.BLOCK_OUTPUT: SiteTap(Tap(block.module, End.OUTPUT), residual)}
     if isinstance(block, CoarseBlock):
         return _sublayer_taps(block, residual) | output
-    attention, mlp = block.attention, block.mlp
+    taps = output
+    if block.attention is not None:
+        taps |= _attention_taps(block.attention, residual)
+    if block.residual_mid is not None:
+        taps[Site.RESIDUAL_MID] = SiteTap(block.residual_mid, residual)
+    if len(block.beside) == 1:
+        other = block.beside[0]
+        taps[Site.MIXER_OUTPUT] = SiteTap(other.output, residual, multiplier=other.multiplier)
+    if isinstance(block.mlp, Mlp):
+        taps |= _mlp_taps(block.mlp, residual)
+    elif block.mlp is not None:
+        taps |= _expert_taps(block.mlp, residual)
+    return taps
+
+
+def _attention_taps(attention: Attention, residual: tuple[int, ...]) -> dict[Site, SiteTap]:
     taps = {
         Site.ATTENTION_INPUT: SiteTap(attention.input, residual),
         Site.VALUE: SiteTap(
@@ -70,18 +85,11 @@ def block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
         Site.ATTENTION_OUTPUT: _added(
             attention.output.output, attention.finish, attention.added, residual
         ),
-    } | output
+    }
     if attention.latent is None:  # else no tensor has whole keys, and heads are wider than values
         taps[Site.QUERY] = _query_or_key(attention, attention.query)
         taps[Site.KEY] = _query_or_key(attention, attention.key)
-    if block.residual_mid is not None:
-        taps[Site.RESIDUAL_MID] = SiteTap(block.residual_mid, residual)
-    if len(block.beside) == 1:
-        other = block.beside[0]
-        taps[Site.MIXER_OUTPUT] = SiteTap(other.output, residual, multiplier=other.multiplier)
-    return taps | (
-        _mlp_taps(mlp, residual) if isinstance(mlp, Mlp) else _expert_taps(mlp, residual)
-    )
+    return taps
 
 
 def _sublayer_taps(block: CoarseBlock, residual: tuple[int, ...]) -> dict[Site, SiteTap]:

@@ -33,7 +33,7 @@ def site_shape(model: ResidentModel, key: SiteKey, length: int) -> tuple[int, ..
     """
     layer, site = key
     if site is Site.ATTENTION_PATTERN:
-        return model.view.parts(layer).attention.n_heads, length
+        return model.view.attention(layer).n_heads, length
     if site is Site.LOGITS:
         return (model.view.facts.vocab_size,)
     experts = site_experts(model, key)
@@ -45,7 +45,7 @@ def site_experts(model: ResidentModel, key: SiteKey) -> Experts | None:
     layer, site = key
     if site is not Site.NEURONS:
         return None
-    mlp = model.view.parts(layer).mlp
+    mlp = model.view.mlp(layer)
     return mlp if isinstance(mlp, Experts) else None
 
 

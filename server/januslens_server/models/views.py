@@ -219,17 +219,18 @@ class Mlp:
 class Block:
     """One transformer block.
 
-    `residual_mid` is the tap of the residual between attention and MLP, or None if they are
-    parallel. Without a pre-norm, a sublayer reads the residual itself. `beside` are sublayers that
-    are neither attention nor MLP, shown as one node: all of them read the block's input, as
-    attention does (Falcon-H1), or a residual after the MLP (Gemma 4). The block returns
-    `multiplier` times the sum of its input and its parts (Gemma 4). `maps` are the linear maps by
-    the names of their modules, in the order of the pass.
+    A block has attention and an MLP, or one of them (Nemotron-H). `residual_mid` is the tap of the
+    residual between them, or None if they are parallel or one is absent. Without a pre-norm, a
+    sublayer reads the residual itself. `beside` are sublayers that are neither attention nor MLP,
+    shown as one node: all of them read the block's input, as attention does (Falcon-H1), or a
+    residual after the MLP (Gemma 4). The block returns `multiplier` times the sum of its input and
+    its parts (Gemma 4). `maps` are the linear maps by the names of their modules, in the order of
+    the pass.
     """
 
     module: nn.Module
-    attention: Attention
-    mlp: Mlp | Experts
+    attention: Attention | None
+    mlp: Mlp | Experts | None
     residual_mid: Tap | None
     attention_prenorm: bool = True
     mlp_prenorm: bool = True
@@ -240,7 +241,10 @@ class Block:
     @cached_property
     def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
         """Weight matrices of attention and MLP by kind."""
-        return {**self.attention.matrices, **self.mlp.matrices}
+        found: dict[MatrixKind, Linear | ExpertMatrices] = {}
+        for sublayer in (self.attention, self.mlp):
+            found |= {} if sublayer is None else sublayer.matrices
+        return found
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,8 @@ class ModelView:
     @property
     def n_neurons(self) -> int:
         """Number of neurons of the widest known layer, over all of its experts."""
-        return max((block.mlp.n_neurons for block in self.known.values()), default=0)
+        known = [block.mlp for block in self.known.values()]
+        return max((mlp.n_neurons for mlp in known if mlp is not None), default=0)
 
     def parts(self, layer: int) -> Block:
         """Return the parts of a layer. Raises `KeyError` if they are unknown."""
@@ -328,6 +333,20 @@ class ModelView:
         if isinstance(block, CoarseBlock):
             raise KeyError(layer)
         return block
+
+    def attention(self, layer: int) -> Attention:
+        """Return the attention of a layer. Raises `KeyError` if it is unknown or absent."""
+        found = self.parts(layer).attention
+        if found is None:
+            raise KeyError(layer)
+        return found
+
+    def mlp(self, layer: int) -> Mlp | Experts:
+        """Return the MLP of a layer. Raises `KeyError` if it is unknown or absent."""
+        found = self.parts(layer).mlp
+        if found is None:
+            raise KeyError(layer)
+        return found
 
     def matrix(self, key: MatrixKey) -> Linear | ExpertMatrices:
         """Return the map that contains a matrix: those of routed experts share one parameter."""
@@ -462,8 +481,8 @@ def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the block's parameters, with their names, that no part of it includes."""
     modules = [block.module.get_submodule(sublayer.name) for sublayer in block.beside]
     shown = {parameter for module in modules for parameter in module.parameters()}
-    matrices = [m for m in block.mlp.matrices.values() if isinstance(m, Linear)]
-    matrices += block.attention.linears
+    matrices = [m for m in block.matrices.values() if isinstance(m, Linear)]
+    matrices += [] if block.attention is None else block.attention.linears
     matrices += [each for sublayer in block.beside for each in sublayer.maps]
     experts = block.mlp if isinstance(block.mlp, Experts) else None
     if experts is not None and experts.shared is not None:
@@ -477,7 +496,8 @@ def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
             full = f"{path}.{name}".lstrip(".")
             if parameter in shown:
                 continue
-            if name == "sinks" and block.attention.scoring.sinks is not None:
+            scoring = None if block.attention is None else block.attention.scoring
+            if name == "sinks" and scoring is not None and scoring.sinks is not None:
                 continue
             if experts is not None and _of_experts(experts, module, name, parameter):
                 continue

@@ -118,7 +118,7 @@ def _piece(
 
 
 def _pattern(request: ResolvedActivations, layer: int, values: Values, rows: slice) -> torch.Tensor:
-    attention = request.model.view.parts(layer).attention
+    attention = request.model.view.attention(layer)
     query, key = values[layer, Site.QUERY], values[layer, Site.KEY]
     rotation = None
     if attention.rotation is not None:

@@ -52,7 +52,7 @@ def pieces(
 def _piece(
     request: ResolvedGradientLens, layer: int, vjp: AttentionVjp, positions: range
 ) -> AttentionGradient:
-    attention = request.model.view.parts(layer).attention
+    attention = request.model.view.attention(layer)
     tokens, n_heads = len(vjp.query), vjp.query.shape[1]
     rotation = None
     if attention.rotation is not None:

@@ -9,6 +9,7 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.inputs import (
+    Part,
     choose_matrices,
     layer_matrices,
     layers_with_parts,
@@ -68,7 +69,8 @@ def _of_grid(
 ) -> dict[int, list[tuple[int, MatrixKind]]]:
     """Return the matrices that the edit changes in each layer of a grid."""
     field = "grid.layers"
-    layers = layers_with_parts(model, asked, field)
+    part = Part.MLP if isinstance(edit, ForwardShift) else None
+    layers = layers_with_parts(model, asked, field, part)
     if isinstance(edit, ForwardShift):
         for layer in layers:
             single_ff2(model, layer, field)
@@ -84,7 +86,7 @@ def single_ff2(model: ResidentModel, layer: int, field: str = "shift.layer") -> 
 
     Raises `InvalidRequest` if the layer has experts.
     """
-    layers_with_parts(model, (layer,), field)
+    layers_with_parts(model, (layer,), field, Part.MLP)
     linear = model.view.parts(layer).matrices[MatrixKind.FF2]
     if not isinstance(linear, Linear):
         raise InvalidRequest(

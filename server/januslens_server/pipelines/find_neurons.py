@@ -69,8 +69,9 @@ def find_neurons(
 
 def read_all_neurons(model: ResidentModel, after_layer: Callable[[], object]) -> None:
     """Index all layers now, instead of when the first request needs them."""
-    for layer in model.view.known:
-        model.neurons.layer(layer)
+    for layer, block in model.view.known.items():
+        if block.mlp is not None:
+            model.neurons.layer(layer)
         after_layer()
 
 
@@ -80,7 +81,7 @@ def _of_layer(model: ResidentModel, layer: int, token: int, suppressed: bool) ->
     listed = index.listing(token, suppressed=suppressed)
     rows = listed.rows.numpy()
     layers, none = np.full_like(rows, layer), np.full_like(rows, -1)
-    mlp, expert, neuron = model.view.parts(layer).mlp, none, rows
+    mlp, expert, neuron = model.view.mlp(layer), none, rows
     if isinstance(mlp, Experts):  # the shared expert is last, and may be wider than the others
         expert = np.minimum(rows // mlp.width, mlp.count)
         neuron = rows - expert * mlp.width

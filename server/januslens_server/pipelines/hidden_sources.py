@@ -64,6 +64,8 @@ def check_sources_left(
     together = [*always, *blocks]
     checked: set[tuple[frozenset[Block], int | None, int | None]] = set()
     for layer, view in model.view.known.items():
+        if view.attention is None:
+            continue
         scoring = view.attention.scoring
         for head in range(view.attention.n_heads):
             chosen = frozenset(block for block in together if block.applies(layer, head))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
@@ -214,17 +215,17 @@ def read_selection(model: ResidentModel, selection: Selection) -> Selection:
     """
     facts = model.view.facts
     heads = [
-        _unit(model, unit, f"selection.only_heads[{i}]", facts.n_heads)
+        _unit(model, unit, f"selection.only_heads[{i}]", Part.ATTENTION, facts.n_heads)
         for i, unit in enumerate(selection.only_heads)
     ]
     neurons = [
-        _unit(model, unit, f"selection.only_neurons[{i}]", facts.d_mlp, facts.n_experts)
+        _unit(model, unit, f"selection.only_neurons[{i}]", Part.MLP, facts.d_mlp, facts.n_experts)
         for i, unit in enumerate(selection.only_neurons)
     ]
     sources = []
     for i, (layer, head, position) in enumerate(selection.only_sources):
         field, of_head = f"selection.only_sources[{i}]", Unit(layer, head)
-        found = _unit(model, of_head, field, facts.n_heads, number="head")
+        found = _unit(model, of_head, field, Part.ATTENTION, facts.n_heads, number="head")
         sources.append(HeadSource(found.layer, found.number, position))
     return replace(
         selection,
@@ -251,12 +252,13 @@ def _unit(
     model: ResidentModel,
     unit: Unit,
     field: str,
+    part: Part,
     count: int,
     experts: int = 0,
     number: str = "number",
 ) -> Unit:
     """Return one of the `count` heads or neurons of a layer, or of each of its experts."""
-    (layer,) = layers_with_parts(model, (unit.layer,), f"{field}.layer")
+    (layer,) = layers_with_parts(model, (unit.layer,), f"{field}.layer", part)
     if unit.number >= count:
         raise InvalidRequest(
             f"{field}.{number}",
@@ -491,18 +493,44 @@ def layer_matrices(
     return found
 
 
+class Part(Enum):
+    """A part that a block may lack, by its field in `Block`."""
+
+    ATTENTION = "attention"
+    MLP = "MLP"
+
+
 def layers_with_parts(
-    model: ResidentModel, layers: Sequence[int] = (), field: str = "layers"
+    model: ResidentModel,
+    layers: Sequence[int] = (),
+    field: str = "layers",
+    part: Part | None = None,
 ) -> tuple[int, ...]:
     """Return the layers, by default all, without those whose parts are unknown.
 
-    Raises `InvalidRequest` if a layer was named and its parts are unknown, or if none is left.
+    With a `part`, layers without it are left out as well.
+
+    Raises `InvalidRequest` if a layer was named and its parts are unknown or it lacks the part, or
+    if none is left.
     """
-    asked = read_layers(model, layers, field)
-    unknown = model.view.limited(asked)
-    if unknown and (layers or len(unknown) == len(asked)):
-        raise InvalidRequest(field, _limits(model, asked))
-    return tuple(layer for layer in asked if layer not in {found.layer for found in unknown})
+    asked, known = read_layers(model, layers, field), model.view.known
+    having = {
+        layer
+        for layer, block in known.items()
+        if part is None or getattr(block, part.name.lower()) is not None
+    }
+    lacking = [layer for layer in asked if layer not in having]
+    if lacking and (layers or len(lacking) == len(asked)):
+        unknown = [layer for layer in lacking if layer not in known]
+        if unknown or part is None:
+            raise InvalidRequest(field, _limits(model, unknown))
+        listed = ", ".join(map(str, sorted(having))) or "none"
+        raise InvalidRequest(
+            field,
+            f"layer {lacking[0]} of {model.name} has no {part.value}; layers that have one: "
+            f"{listed}",
+        )
+    return tuple(layer for layer in asked if layer in having)
 
 
 def _limits(model: ResidentModel, layers: Sequence[int]) -> str:

@@ -34,6 +34,7 @@ from januslens_server.pipelines.edits import ResolvedEdit, read_edits
 from januslens_server.pipelines.experiments import Experiment, read_experiments
 from januslens_server.pipelines.inputs import (
     Objective,
+    Part,
     check_node_kinds,
     gradient_matrices,
     layers_with_parts,
@@ -544,7 +545,7 @@ def resolve_find_neurons(
     check_cancelled()
     with IndependentFields() as fields:
         token = fields.read(read_single_target, model, spec.token, "token")
-        layers = fields.read(layers_with_parts, model, spec.layers)
+        layers = fields.read(layers_with_parts, model, spec.layers, part=Part.MLP)
     limited = model.view.limited(read_layers(model, spec.layers))
     return ResolvedFindNeurons(model, spec, token, layers, limited)
 

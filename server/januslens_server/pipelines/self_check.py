@@ -146,7 +146,8 @@ def _error(block: Block | CoarseBlock, args: Any, named: Any, *, length: int) ->
                 errors += [_residual_error(stream.block_input, before, stream.residual_mid)]
             return max(errors)
         acts = layer_activations(block, captured, length)
-        added = [acts.attention_output, acts.mlp_output]
+        added = [] if block.attention is None else [acts.attention_output]
+        added += [] if block.mlp is None else [acts.mlp_output]
         added += [] if acts.mixer_output is None else [acts.mixer_output]
         residual = _residual_error(acts.block_input, added, acts.block_output / block.multiplier)
         return max(residual, _sums_error(block, acts, length))
@@ -166,17 +167,21 @@ def _residual_error(
 def _sums_error(block: Block, acts: LayerActivations, length: int) -> float:
     """Return the largest relative error of the sums of heads and of neurons at any position."""
     weights = block_weights(block)
-    heads = acts.attention_concat @ weights.attention.output.flatten(0, 1)
-    if weights.attention.bias is not None:
-        heads = heads + weights.attention.bias
-    attention = acts.attention_output if acts.attention_sum is None else acts.attention_sum
-    whole = acts.mlp_output if acts.mlp_sum is None else acts.mlp_sum
-    neurons = []
-    for position in range(length):
-        terms = weights.mlp.row(acts, position).terms
-        total = terms.activations @ terms.rows
-        neurons.append(total if terms.bias is None else total + terms.bias)
-    pairs = ((heads, attention), (torch.stack(neurons), whole))
+    pairs = []
+    if weights.attention is not None:
+        heads = acts.attention_concat @ weights.attention.output.flatten(0, 1)
+        if weights.attention.bias is not None:
+            heads = heads + weights.attention.bias
+        attention = acts.attention_output if acts.attention_sum is None else acts.attention_sum
+        pairs.append((heads, attention))
+    if weights.mlp is not None:
+        whole = acts.mlp_output if acts.mlp_sum is None else acts.mlp_sum
+        neurons = []
+        for position in range(length):
+            terms = weights.mlp.row(acts, position).terms
+            total = terms.activations @ terms.rows
+            neurons.append(total if terms.bias is None else total + terms.bias)
+        pairs.append((torch.stack(neurons), whole))
     errors = [
         ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max()
         for found, expected in pairs

@@ -126,19 +126,20 @@ def _parts(stream: Stream) -> tuple[list[Block | str], _PartSizes]:
     """
     structure = Structure(stream)
     lengths = lengths_of(stream.model.config)
-    if lengths:
-        variants = _variants_beyond(stream.model, structure, lengths)
+    attention = structure.first_attention if lengths else None
+    if attention is not None:
+        variants = _variants_beyond(stream.model, attention, lengths)
     else:
         variants = structure.variants(stream.ids, [], COARSE, best=True)
     return structure.blocks(variants)
 
 
 def _variants_beyond(
-    model: PreTrainedModel, structure: Structure, lengths: list[Length]
+    model: PreTrainedModel, attention: Attention, lengths: list[Length]
 ) -> list[AttentionVariant | str]:
     """Find the variants that reproduce attention at every position of a miniature."""
-    attention = structure.first_block.attention
-    small = miniature(model, attention.n_heads, attention.n_kv_heads, structure.d_head, lengths)
+    d_head = attention.output.d_in // attention.n_heads
+    small = miniature(model, attention.n_heads, attention.n_kv_heads, d_head, lengths)
     ids = prompt_of(small)
     return Structure(find_stream(small)).variants(
         ids, lengths_of(small.config), TOLERANCE, best=False
@@ -181,18 +182,16 @@ class Structure:
             raise ModelFailed(reasons[0])
 
     @property
-    def d_head(self) -> int:
-        """Width of a head."""
-        return self._finder(self._first).d_head(self.settings)
-
-    @property
-    def first_block(self) -> Block:
-        """The first block with known parts, without a window or a rotation."""
-        return self._block(self._first, AttentionVariant(None, 0))
-
-    @property
-    def _first(self) -> int:
-        return next(i for i, found in enumerate(self._finders) if not isinstance(found, str))
+    def first_attention(self) -> Attention | None:
+        """The attention of the first block with a known one, without a window or a rotation."""
+        for layer in range(len(self._modules)):
+            try:
+                found = self._block(layer, AttentionVariant(None, 0)).attention
+            except ModelFailed:  # its reason is that of the layer
+                continue
+            if found is not None:
+                return found
+        return None
 
     def _finder(self, layer: int) -> BlockFinder:
         found = self._finders[layer]
@@ -215,10 +214,11 @@ class Structure:
         plain: dict[tuple[int, int], Block] = {}
         for layer in range(len(self._modules)):
             try:
-                for layout in range(self._finder(layer).layouts(self.settings)):
+                layouts = self._finder(layer).layouts(self.settings)
+                for layout in range(layouts):
                     variant = AttentionVariant(None, 0, layout)
                     plain[layer, layout] = self._block(layer, variant)
-                found.append("")
+                found.append("" if layouts else AttentionVariant(None, 0))
             except ModelFailed as error:
                 found.append(str(error))
         blocks = captured_layers(self._model, ids, plain.values())
@@ -239,7 +239,7 @@ class Structure:
         errors: dict[AttentionVariant, float] = {}
         for variant in self._candidates(layer, lengths):
             block = self._block(layer, variant)
-            if _is_too_wide(block.attention):
+            if block.attention is None or _is_too_wide(block.attention):
                 continue
             tensors = captured[layer, variant.layout]
             errors[variant] = attention_error(block, tensors, positions, tolerance)
@@ -300,12 +300,15 @@ class Structure:
         known = [block for block in blocks if isinstance(block, Block)]
         if not known:
             raise ModelFailed(next(block for block in blocks if isinstance(block, str)))
-        experts = [block.mlp for block in known if isinstance(block.mlp, Experts)]
+        attentions = [block.attention for block in known if block.attention is not None]
+        mlps = [block.mlp for block in known if block.mlp is not None]
+        experts = [mlp for mlp in mlps if isinstance(mlp, Experts)]
         sizes = _PartSizes(
-            n_heads=self.settings.n_heads,
-            n_kv_heads=max(block.attention.n_kv_heads for block in known),
-            d_head=max(block.attention.output.d_in for block in known) // self.settings.n_heads,
-            d_mlp=experts[0].width if experts else known[0].mlp.n_neurons,
+            n_heads=self.settings.n_heads if attentions else 0,
+            n_kv_heads=max((each.n_kv_heads for each in attentions), default=0),
+            d_head=max((each.output.d_in for each in attentions), default=0)
+            // self.settings.n_heads,
+            d_mlp=experts[0].width if experts else mlps[0].n_neurons if mlps else 0,
             n_experts=experts[0].count if experts else 0,
         )
         return blocks, sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +16,7 @@ from januslens_server.graph.weights import Finish, QueryScaling, Scoring
 from januslens_server.models.adapters.observed_attention import AttentionFinder
 from januslens_server.models.adapters.observed_mlp import (
     FoundMlp,
+    activates,
     dense_mlp,
     find_experts,
     is_linear,
@@ -82,40 +83,54 @@ class BlockFinder:
         layout: int,
     ) -> Block:
         """Build the block, with this `rotation` and `layout` of its attention."""
-        attention_norm = self._norm_giving(self._attention.input)
-        mlp_norm = self._norm_giving(self._mlp.input)
-        parallel = same_memory(self._mlp.input, self._attention.input) or (
-            mlp_norm is not None and same_memory(mlp_norm.input, self._input)
-        )
-        reader = self._mlp.reader if mlp_norm is None else mlp_norm.module
         multiplier = self._multiplier()
-        of_attention, of_mlp, *of_beside = self._factors(settings, multiplier)
-        finish, added = self._finish(of_mlp, self._mlp.result)
+        factors = self._factors(settings, multiplier)
+        attention = mlp = None
+        attention_prenorm = mlp_prenorm = False
+        if self._attention is not None:
+            factor = factors[self._attention.result.name]
+            attention = self._read_attention(self._attention, settings, factor, rotation, layout)
+            attention_prenorm = self._norm_giving(self._attention.input) is not None
+        if self._mlp is not None:
+            finish, added = self._finish(factors[self._mlp.result.name], self._mlp.result)
+            mlp = replace(self._mlp.parts, finish=finish, added=added)
+            mlp_prenorm = self._norm_giving(self._mlp.input) is not None
         return Block(
             module=self._module,
-            attention=self._read_attention(settings, of_attention, rotation, layout),
-            mlp=replace(self._mlp.parts, finish=finish, added=added),
-            residual_mid=None if parallel else Tap(reader, End.INPUT),
-            attention_prenorm=attention_norm is not None,
-            mlp_prenorm=mlp_norm is not None,
-            beside=self._beside(of_beside),
+            attention=attention,
+            mlp=mlp,
+            residual_mid=self._residual_mid(),
+            attention_prenorm=attention_prenorm,
+            mlp_prenorm=mlp_prenorm,
+            beside=self._beside(factors),
             multiplier=multiplier,
         )
 
-    def _beside(self, factors: Sequence[float]) -> tuple[Sublayer, ...]:
+    def _residual_mid(self) -> Tap | None:
+        """Return the tap of the residual between attention and MLP, None if they are parallel."""
+        if self._attention is None or self._mlp is None:
+            return None
+        norm = self._norm_giving(self._mlp.input)
+        if same_memory(self._mlp.input, self._attention.input) or (
+            norm is not None and same_memory(norm.input, self._input)
+        ):
+            return None
+        return Tap(self._mlp.reader if norm is None else norm.module, End.INPUT)
+
+    def _beside(self, factors: Mapping[str, float]) -> tuple[Sublayer, ...]:
         """Map mixers beside attention, and other linear maps as one sublayer after the MLP.
 
         The latter adds the result of the last of its maps. `factors` are those of what they add.
         """
         sublayers = []
-        for call, factor in zip(self._added()[2:], factors, strict=True):
+        for call in [*self._mixers, *self._others[-1:]]:
             mixes = call in self._mixers
             sublayers.append(
                 Sublayer(
                     name=call.name.removeprefix(f"{self._name}."),
                     kind=kind_of_mixer(call.module) if mixes else SublayerKind.OTHER,
                     output=self._tap_behind(call),
-                    multiplier=factor,
+                    multiplier=factors[call.name],
                     after_mid=not mixes,
                     maps=() if mixes else tuple(linear(each) for each in self._others),
                 )
@@ -124,7 +139,8 @@ class BlockFinder:
 
     def _added(self) -> list[ModuleCall]:
         """Return the calls that give what attention, the MLP and other sublayers add."""
-        return [self._attention.result, self._mlp.result, *self._mixers, *self._others[-1:]]
+        found = [each.result for each in (self._attention, self._mlp) if each is not None]
+        return [*found, *self._mixers, *self._others[-1:]]
 
     def _columns(self) -> torch.Tensor:
         """Return what each sublayer adds, behind a post-norm if it has one `[pos d_model, n]`."""
@@ -141,14 +157,15 @@ class BlockFinder:
             candidates, key=lambda number: difference(number * whole, self._output.flatten())
         )
 
-    def _factors(self, settings: BlockSettings, multiplier: float) -> list[float]:
-        """Return the factor of what each sublayer adds.
+    def _factors(self, settings: BlockSettings, multiplier: float) -> dict[str, float]:
+        """Return the factor of what each sublayer adds, by the name of the module that gives it.
 
         It is the model's residual multiplier, unless factors of the configuration give what the
         block adds and that one does not.
         """
         calls = self._added()
-        usual = [1.0 if self._behind(call) else settings.residual_multiplier for call in calls]
+        residual = settings.residual_multiplier
+        usual = {call.name: 1.0 if self._behind(call) else residual for call in calls}
         if not self._mixers:
             return usual
         columns, data_type = self._columns(), self._output.dtype
@@ -156,19 +173,19 @@ class BlockFinder:
         if not (added.isfinite().all() and columns.isfinite().all()):  # the self-check says why
             return usual
         solved = solved_factors(added, columns, self._known_factors, FACTOR[data_type])
-        return [own if found is None else found for own, found in zip(usual, solved, strict=True)]
-
-    def d_head(self, settings: BlockSettings) -> int:
-        """Return the width of a head."""
-        return self._attention.d_head(settings.n_heads)
+        found = zip(usual, solved, strict=True)
+        return usual | {name: factor for name, factor in found if factor is not None}
 
     def layouts(self, settings: BlockSettings) -> int:
-        """Return the number of candidates for the layout of attention's linear maps."""
-        return len(self._attention.layouts(settings.n_heads))
+        """Return the number of candidates for the layout of attention's linear maps.
+
+        It is 0 in a block without attention.
+        """
+        return 0 if self._attention is None else len(self._attention.layouts(settings.n_heads))
 
     def _split(
         self, config: PreTrainedConfig
-    ) -> tuple[AttentionFinder, FoundMlp, list[ModuleCall]]:
+    ) -> tuple[AttentionFinder | None, FoundMlp | None, list[ModuleCall]]:
         """Split the linear maps into those of attention, those of the MLP, and others.
 
         Attention comes first. Its maps are in one module, or they are the first four. If others
@@ -180,6 +197,11 @@ class BlockFinder:
         ]
         experts = find_experts(self._name, self._calls, config)
         others: list[ModuleCall] = []
+        parents = {_parent(call) for call in linears}
+        if experts is None and len(parents) == 1 and self._name not in parents:
+            only = self._only_sublayer(linears, config)
+            if only is not None:
+                return (*only, others)
         if experts is None:
             together = [call for call in linears if _parent(call) == _parent(linears[0])]
             count = len(together) if len(together) in {2, 4, 5} else 4
@@ -201,11 +223,34 @@ class BlockFinder:
                 f"{self._name} has {len(linears)} linear maps ({found}): expected query, key, "
                 "value, output and two or three of an MLP"
             )
-        owner = self._module.get_submodule(_parent(attention[0]).removeprefix(f"{self._name}."))
-        found_attention = AttentionFinder(self._name, owner, attention, self._calls)
+        found_attention = AttentionFinder(
+            self._name, self._owner(attention), attention, self._calls
+        )
         if experts is not None and rest:
             experts = with_shared_outside(experts, rest, self._calls, config)
         return found_attention, experts or dense_mlp(rest, self._calls, config), others
+
+    def _only_sublayer(
+        self, linears: list[ModuleCall], config: PreTrainedConfig
+    ) -> tuple[AttentionFinder | None, FoundMlp | None] | None:
+        """Map the only sublayer of a block (Nemotron-H), if it is attention or an MLP.
+
+        The neurons of an MLP must be those of an activation function, because a mixer may have as
+        many linear maps.
+        """
+        owner = self._owner(linears)
+        kind, widths = kind_of_mixer(owner), {call.output.shape for call in linears[:-1]}
+        if kind is SublayerKind.ATTENTION:
+            return AttentionFinder(self._name, owner, linears, self._calls), None
+        if kind is not SublayerKind.OTHER or widths != {linears[-1].input.shape}:
+            return None
+        if len(linears) == 3 or (len(linears) == 2 and activates(linears, self._calls, config)):
+            return None, dense_mlp(linears, self._calls, config)
+        return None
+
+    def _owner(self, maps: Sequence[ModuleCall]) -> nn.Module:
+        """Return the module that contains the first of the maps."""
+        return self._module.get_submodule(_parent(maps[0]).removeprefix(f"{self._name}."))
 
     def _mixers_beside_attention(self) -> list[ModuleCall]:
         """Return the calls of children that mix positions in another way than attention.
@@ -229,12 +274,12 @@ class BlockFinder:
 
     def _read_attention(
         self,
+        found: AttentionFinder,
         settings: BlockSettings,
         factor: float,
         rotation: Callable[[int], Rotation] | None,
         layout: int,
     ) -> Attention:
-        found = self._attention
         maps = found.layouts(settings.n_heads)[layout]
         d_head = found.d_head(settings.n_heads)
         norms = found.norms(d_head)

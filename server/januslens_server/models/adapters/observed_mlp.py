@@ -83,6 +83,18 @@ def dense_mlp(
 
 
 @torch.no_grad()
+def activates(
+    maps: Sequence[ModuleCall], calls: Sequence[ModuleCall], config: PreTrainedConfig
+) -> bool:
+    """Whether the second of two maps reads an activation function of what the first returns."""
+    first, neurons = rows(maps[0].output).float(), rows(maps[1].input)
+    return first.shape == neurons.shape and any(
+        difference(function(first), neurons) <= TOLERANCE[neurons.dtype]
+        for function in _activations(calls, config)
+    )
+
+
+@torch.no_grad()
 def find_experts(
     block: str, calls: Sequence[ModuleCall], config: PreTrainedConfig
 ) -> FoundMlp | None:

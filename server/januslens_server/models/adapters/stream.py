@@ -240,12 +240,17 @@ def lens_of_stream(stream: Stream) -> LensHead:
         if not errors or error < min(errors.values()):
             errors = {lens: error}
     (lens, error) = next(iter(errors.items()))
-    if not error <= TOLERANCE[stream.logits.dtype]:
+    if not error <= _tolerance(stream):
         raise ModelFailed(
             "final norm and output head do not give the model's logits from the last block's "
             f"output (relative error {error:.2g})"
         )
     return lens
+
+
+def _tolerance(stream: Stream) -> float:
+    """Return that of the model's data type: some models return logits in float32 (Nemotron-H)."""
+    return max(TOLERANCE[stream.logits.dtype], TOLERANCE[stream.model.dtype])
 
 
 def _scales(config: Any) -> list[float]:
@@ -311,7 +316,7 @@ def _cache_argument(stream: Stream) -> str | None:
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
                 continue  # a family without a cache, or with one of another kind
             expected = stream.logits[-len(found) :]
-            if _difference(found, expected) <= TOLERANCE[found.dtype]:
+            if _difference(found, expected) <= _tolerance(stream):
                 return name
     return None
 
