@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { EMBEDDING, layout, nearest } from '../src/trace/overview_layout'
+import { EMBEDDING, flagLine, layout, nearest } from '../src/trace/overview_layout'
 
 const layers = [0, 1, 2, 3]
 
@@ -70,4 +70,9 @@ test('the nearest cell is found from anywhere', () => {
   assert.equal(found?.column.position, 3)
   assert.equal(found?.row.layer, 1)
   assert.equal(nearest(at, 0, 0)?.column.position, 0)
+})
+
+test('the line of the label “first from” ends at the label, between rows and below the panel', () => {
+  assert.equal(flagLine(300, 120, 326, 120), 'M300,120H338')
+  assert.equal(flagLine(300, 120, 326, 640), 'M300,120H318V640H338')
 })

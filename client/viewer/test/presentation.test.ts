@@ -15,6 +15,7 @@ import {
   traceSentences,
 } from '../src/presentation/sentences'
 import {
+  at,
   count,
   measure,
   NODE_NAMES,
@@ -193,4 +194,12 @@ test('the largest addition and the largest subtraction look equally strong', () 
   for (const [theme, addition] of distances('head-adds').entries()) {
     assert.ok(Math.abs(addition / (subtractions[theme] ?? 0) - 1) < 0.02, String(addition))
   }
+})
+
+test('a text that is too long for its box keeps the position', () => {
+  const prompt = ['␣Bakersfield', 'العاصمة'].map((label, id) => ({ id, text: label, label }))
+  assert.equal(at(0, prompt), '␣Bakersfield (0)')
+  assert.equal(at(0, prompt, 12), '␣Bakers… (0)')
+  assert.equal(at(0, prompt, 3), '… (0)')
+  assert.equal(at(1, prompt, 9), '\u2068العا…\u2069 (1)')
 })

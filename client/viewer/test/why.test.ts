@@ -36,6 +36,13 @@ test('the sources of a head add up to its contribution', () => {
   assert.ok(Math.abs(sum(ofHead3.map(({ share }) => share)) - 2.75) < 1e-9)
 })
 
+test('a long source token keeps its position in a narrow figure', () => {
+  const { graph, tree } = made()
+  graph.prompt[0] = { id: 1, text: 'Bakersfield', label: 'Bakersfield' }
+  const texts = whyLayout(graph, tree, 350).sources.map(({ text }) => text)
+  assert.deepEqual(texts, ['Bak… (0)', '␣of (1)', 'other tokens'])
+})
+
 test('the answer stacks every part at the thickness of its contribution', () => {
   const { graph, tree } = made()
   const { rows, stack } = whyLayout(graph, tree, 900)

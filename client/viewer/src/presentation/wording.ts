@@ -1,6 +1,6 @@
 import type { WaitingMessage } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import { isolated, type Token } from '../model/tokens'
+import { fitted, isolated, type Token } from '../model/tokens'
 
 // Number formats and names, the same as in the client's `_presentation.py` except that pages have the
 // typographic minus and apostrophe; tests/fixtures/presentation/ holds both sides to it.
@@ -153,10 +153,20 @@ export function shortName(node: GraphNode): string {
   return numbered(node) || (NODE_NAMES[node.kind] ?? node.kind)
 }
 
-/** `␣Japan (3)`: the token at a position, and the position. */
-export function at(position: number, prompt: readonly Token[]): string {
+/**
+ * `␣Japan (3)`: the token at a position, and the position. Longer texts than `length` characters have
+ * a truncated token, and always the position.
+ */
+export function at(
+  position: number,
+  prompt: readonly Token[],
+  length = Number.POSITIVE_INFINITY,
+): string {
   const token = prompt[position]
-  return token ? `${isolated(token.label)} (${position})` : `(${position})`
+  const number = `(${position})`
+  return token
+    ? `${fitted(token.label, Math.max(1, length - number.length - 1))} ${number}`
+    : number
 }
 
 /** A description for screen readers: name, position, top token, rank of the target. */

@@ -12,7 +12,7 @@ import { arcLegend, readBy } from './arcs'
 import type { Filter } from './controls'
 import { preview } from './inspector'
 import { drawFiltered, drawGrid, type Grid, markGrid, residualAt } from './overview_grid'
-import { EMBEDDING, type Layout, layout, nearest, type Row } from './overview_layout'
+import { EMBEDDING, flagLine, type Layout, layout, nearest, type Row } from './overview_layout'
 
 interface Actions {
   select: (id: string) => void
@@ -241,10 +241,8 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .data(marks)
     .join('path')
     .attr('class', 'flag-line')
-    .attr(
-      'd',
-      (m) =>
-        `M${m.column.x + m.column.width + 6},${bottom(m) + 5}H${at.panelX + (between ? 12 : 0)}`,
+    .attr('d', (m) =>
+      flagLine(m.column.x + m.column.width + 6, bottom(m) + 5, at.panelX, labelY(m)),
     )
   flag
     .selectAll('rect')

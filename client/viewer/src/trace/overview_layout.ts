@@ -97,6 +97,12 @@ function lastEdge(columns: readonly Column[]): number {
   return last ? last.x + last.width : GUTTER
 }
 
+/** The line from the marked residuals to their label; it turns before the numbers of the panel. */
+export function flagLine(x: number, y: number, panelX: number, labelY: number): string {
+  const turn = labelY === y ? '' : `H${panelX - 8}V${labelY}`
+  return `M${x},${y}${turn}H${panelX + 12}`
+}
+
 /** The column and row nearest to a point. */
 export function nearest(
   of: Layout,

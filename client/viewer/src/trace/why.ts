@@ -155,15 +155,13 @@ function drawSources(group: Group, { sources, columns }: WhyLayout): void {
     })
     .attr('class', ({ position }) => (position === undefined ? 'chip rest' : 'chip bin-4'))
     .attr('transform', ({ y }) => `translate(0,${y})`)
-    .each(function ({ position, text }) {
+    .each(function ({ text }) {
       const own = select(this)
       own.select('rect').attr('width', columns.sourceWidth)
       own
         .select('text')
         .attr('y', CHIP / 2 + 0.5)
-        .text(
-          cut(text, charactersIn((columns.sourceWidth - 8) * (position === undefined ? 1.2 : 1))),
-        )
+        .text(text)
     })
 }
 

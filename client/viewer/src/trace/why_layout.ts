@@ -1,7 +1,7 @@
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import type { ContributionTree } from '../model/graph_queries'
-import { CHARACTER } from '../presentation/svg'
+import { CHARACTER, charactersIn } from '../presentation/svg'
 import { at, shortName } from '../presentation/wording'
 import { type Ribbon, ROW } from './layer_pieces'
 
@@ -98,7 +98,8 @@ export function whyLayout(
     end += height
     return { ...part, y, ribbon }
   })
-  const sources = sourceBoxes(graph, inputs.flat(), room)
+  const length = charactersIn(columns.sourceWidth - 8)
+  const sources = sourceBoxes(graph, inputs.flat(), room, length)
   return {
     width: columns.answer + columns.answerWidth,
     height: Math.max(TOP + room, (sources.at(-1)?.y ?? 0) + ROW) + BOTTOM,
@@ -192,8 +193,16 @@ function inputsOf(graph: FlowGraph, { node, contribution }: Unplaced, least: num
   return isShown(value) ? [...read, { node, position: undefined, value }] : read
 }
 
-/** One box per source token in the order of the prompt; the one for all others is last. */
-function sourceBoxes(graph: FlowGraph, inputs: readonly Input[], room: number): SourceBox[] {
+/**
+ * One box per source token in the order of the prompt; the one for all others is last. Texts have at
+ * most `length` characters.
+ */
+function sourceBoxes(
+  graph: FlowGraph,
+  inputs: readonly Input[],
+  room: number,
+  length: number,
+): SourceBox[] {
   const positions = [...new Set(inputs.map(({ position }) => position))]
   const order = (position: number | undefined) => position ?? Number.POSITIVE_INFINITY
   positions.sort((a, b) => order(a) - order(b))
@@ -201,7 +210,7 @@ function sourceBoxes(graph: FlowGraph, inputs: readonly Input[], room: number): 
   const first = TOP + Math.max(0, (room - pitch * positions.length) / 2)
   return positions.map((position, i) => ({
     position,
-    text: position === undefined ? 'other tokens' : at(position, graph.prompt),
+    text: position === undefined ? 'other tokens' : at(position, graph.prompt, length),
     y: first + i * pitch,
   }))
 }
