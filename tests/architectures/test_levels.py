@@ -174,8 +174,9 @@ def test_levels_say_which_layers_show_less_and_why() -> None:
     assert dict(second.sublayers)["self_attn"] is SublayerKind.ATTENTION
     assert {found.level for found in served(OPT).view.levels} == {Level.STREAM}
     assert "add up to what the block adds" in served(OPT).view.levels[0].reason
-    assert "linear_attn.q_proj" in served(OLMO_HYBRID).view.levels[0].reason
-    assert "3 linear maps" in served(MAMBA).view.levels[0].reason
+    assert levels[0].reason.startswith("linear_attn is linear attention: only the parts of")
+    for found in served(MAMBA).view.levels:
+        assert found.reason.startswith("mixer is a state space: only the parts of")
     assert "do_layer_norm_before" in served(OPT).view.levels[0].reason
     assert served(MAMBA).view.facts.n_heads == 0
 

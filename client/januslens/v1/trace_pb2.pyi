@@ -134,8 +134,9 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     parts.
     """
     NODE_KIND_MIXER_OUTPUT: _NodeKind.ValueType  # 29
-    """Vector that sublayers which are neither attention nor MLP add to the residual, such as linear
-    attention, a state space or a convolution; in layers of LEVEL_SUBLAYERS.
+    """Vector that sublayers which are neither attention nor MLP add to the residual: linear attention,
+    a state space or a convolution, also beside attention (Falcon-H1), and the result of Gemma 4's
+    per-layer inputs.
     """
 
 class NodeKind(_NodeKind, metaclass=_NodeKindEnumTypeWrapper):
@@ -217,8 +218,9 @@ NODE_KIND_OTHER: NodeKind.ValueType  # 28
 parts.
 """
 NODE_KIND_MIXER_OUTPUT: NodeKind.ValueType  # 29
-"""Vector that sublayers which are neither attention nor MLP add to the residual, such as linear
-attention, a state space or a convolution; in layers of LEVEL_SUBLAYERS.
+"""Vector that sublayers which are neither attention nor MLP add to the residual: linear attention,
+a state space or a convolution, also beside attention (Falcon-H1), and the result of Gemma 4's
+per-layer inputs.
 """
 Global___NodeKind: _TypeAlias = NodeKind  # noqa: Y015
 

@@ -43,6 +43,13 @@ ELSEWHERE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 NOT_FOUND = "no outputs of its modules add up to what the block adds"
 
+# Kinds of mixers whose parts are not known, as a reason names them.
+UNKNOWN_MIXERS = {
+    SublayerKind.STATE_SPACE: "a state space",
+    SublayerKind.LINEAR_ATTENTION: "linear attention",
+    SublayerKind.CONVOLUTION: "a convolution",
+}
+
 # Starts of words in the names of mixers' classes, in lower case. The first that occurs gives the
 # kind.
 MIXERS = (
@@ -98,7 +105,8 @@ def with_modules(
     """Return a view with the linear maps of all blocks, and the sublayers of some.
 
     These are the blocks without known parts among the `layers`, by default all. The reason of those
-    that have no sublayers says so. Raises `ModelFailed` if the model's facts are impossible.
+    that have no sublayers says so. Of those that mix positions without attention, it is the mixer;
+    `layers` keep theirs. Raises `ModelFailed` if the model's facts are impossible.
     """
     check_facts(view.facts)
     found = _observed(network, view)
@@ -112,10 +120,24 @@ def with_modules(
             continue
         seen = found[layer]
         reason = block.reason if seen.sublayers else f"{block.reason}; {NOT_FOUND}"
+        if layers is None:
+            reason = _unknown_mixer(seen.sublayers) or reason
         blocks[layer] = CoarseBlock(
             block.module, reason, seen.sublayers, seen.residual_mid, seen.multiplier, maps
         )
     return replace(view, blocks=tuple(blocks))
+
+
+def _unknown_mixer(sublayers: Sequence[Sublayer]) -> str:
+    """Say which sublayer is a mixer of another kind than attention; empty beside attention."""
+    if any(each.kind is SublayerKind.ATTENTION for each in sublayers):
+        return ""
+    reasons = (
+        f"{each.name} is {UNKNOWN_MIXERS[each.kind]}: only the parts of attention and MLP are known"
+        for each in sublayers
+        if each.kind in UNKNOWN_MIXERS
+    )
+    return next(reasons, "")
 
 
 @torch.no_grad()
