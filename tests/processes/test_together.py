@@ -34,6 +34,7 @@ TOKENIZE = models_pb2.TokenizeRequest(text="Japan")
 TRACE = trace_pb2.TraceRequest(model="demo", input=prompt("The capital of Japan is"))
 OK, SPENT = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED
 SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @dataclass
@@ -247,10 +248,36 @@ def test_models_are_loaded_in_both(pair: Pair) -> None:
         wait_for_both(pair, "copy", "STATE_FAILED")
         # A model that does not serve can be loaded from elsewhere.
         assert client.load_model("copy", str(folder)).state == "LOADING"
-        assert "NONE" not in found_in_both(pair, "copy")
-        assert health(pair, "januslens.ready") == [SERVING]
-        wait_for_both(pair, "copy", "STATE_READY")
+    assert "NONE" not in found_in_both(pair, "copy")
+    assert health(pair, "januslens.ready") == [SERVING]
+    fractions = []
+    while (model := seen_once(pair, "copy")).state == "LOADING":
+        fractions.append(model.loaded_fraction)
+    # Whichever process is asked, its answer is that of the slowest one.
+    assert fractions == sorted(fractions)
+    assert model.state == "READY"
+    assert found_in_both(pair, "copy") == {"STATE_READY"}
     assert health(pair, "copy") == [SERVING]
+
+
+def seen_once(pair: Pair, model: str) -> januslens.Model:
+    """Return a model as one of the processes reports it."""
+    with pair.client() as client:
+        return client.model(model)
+
+
+def test_a_model_that_one_process_cannot_load_fails_in_both(pair: Pair) -> None:
+    folder = in_float32(pair.callers.parent / "half")
+    with pair.client() as client:
+        client.load_model("half", str(folder))
+        while client.model("half").loaded_fraction < 0.5:  # until process 1 has read the weights
+            time.sleep(0.01)
+    (folder / "model.safetensors").unlink()
+    while (model := seen_once(pair, "half")).state == "LOADING":
+        time.sleep(0.05)
+    assert "process 2 could not load it" in model.state_reason
+    wait_for_both(pair, "half", "STATE_FAILED")
+    assert health(pair, "half") == [NOT_SERVING]
 
 
 def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
@@ -273,7 +300,9 @@ def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
 
 def test_a_replacement_has_the_changed_models_and_unloading_ends_in_both(pair: Pair) -> None:
     assert found_in_both(pair, "copy") == {"STATE_READY"}
+    assert found_in_both(pair, "half") == {"STATE_FAILED"}
     with pair.client() as client:
+        client.unload_model("half")
         assert "copy" in models_of_metrics(pair.server)
         client.unload_model("copy")
     assert found_in_both(pair, "copy") == {"NONE"}

@@ -22,12 +22,27 @@ class LoadingProgress:
         self._now = now
         self._passes = 0
         self._part = 0.0
-        self.advanced_at = now()
+        self._of_all: float | None = None
+        self.advanced_at = self._of_all_at = now()
 
     @property
     def fraction(self) -> float:
         """Share of the three passes over the weights that is done, from 0 to 1."""
         return min(1.0, (self._passes + self._part) / PASSES)
+
+    @property
+    def shown(self) -> float:
+        """The share that callers see: that of all processes if they load the same model."""
+        return self.fraction if self._of_all is None else self._of_all
+
+    def show_of_all(self, fraction: float | None) -> None:
+        """Report the share that is done in all processes; None = only this process loads."""
+        self._of_all, self._of_all_at = fraction, self._now()
+
+    @property
+    def last_advanced_at(self) -> float:
+        """Time of the last advance in any process."""
+        return max(self.advanced_at, self._of_all_at)
 
     def advance(self, part: float) -> None:
         """Report the share of the current pass that is done."""

@@ -87,6 +87,7 @@ class Registry:
         self._sources = {source.name: source for source in sources}
         self._statuses = {s.name: ModelStatus(s.name, ModelState.LOADING) for s in sources}
         self._progress = {source.name: LoadingProgress() for source in sources}
+        self._prepared: dict[str, ModelStatus] = {}  # outcomes that `settle` will report
         self._resident: dict[str, ResidentModel] = {}
         self._users = Counter[str]()
         self._closed = False
@@ -131,10 +132,11 @@ class Registry:
         return True
 
     def expect(self, source: ModelSource) -> None:
-        """Add a model as `add` does, or replace one that does not serve."""
+        """Add a model that all processes load, or replace one that does not serve."""
         with self._changed:
             if source.name not in self._resident:
                 self._expect(source)
+                self._progress[source.name].show_of_all(0.0)
 
     def _expect(self, source: ModelSource) -> None:
         self._sources[source.name] = source
@@ -143,11 +145,45 @@ class Registry:
 
     def load(self, name: str) -> None:
         """Load one model in the state LOADING. If it fails, nothing of it stays in memory."""
+        self.prepare(name)
+        self.settle(name)
+
+    def prepare(self, name: str) -> str:
+        """Load one model, which is reported as LOADING until `settle`.
+
+        Requests for it are already served, because another process may have reported it as READY.
+        Returns why the model failed; empty if it did not.
+        """
         with self._changed:
-            if self._closed or self._statuses[name].state is not ModelState.LOADING:
-                return
+            status = self._statuses[name]
+            if self._closed or status.state is not ModelState.LOADING:
+                return status.reason
             source, progress = self._sources[name], self._progress[name]
         progress.alive()
+        status = self._loaded(source, progress)
+        with self._changed:
+            self._prepared[name] = status
+        return status.reason
+
+    def settle(self, name: str, failure: str = "") -> weakref.ref[PreTrainedModel] | None:
+        """Report what `prepare` has found, or FAILED because of the `failure` of another process.
+
+        Returns the network that serves no longer because of that failure, for `release`.
+        """
+        unused = None
+        with self._changed:
+            status = self._prepared.pop(name, None)
+            if failure and name in self._statuses:
+                status = ModelStatus(name, ModelState.FAILED, failure)
+                model = self._resident.pop(name, None)
+                if model is not None:
+                    unused = weakref.ref(model.network)
+            if status is not None:
+                self._progress[name].show_of_all(None)
+                self._set(status)
+        return unused
+
+    def _loaded(self, source: ModelSource, progress: LoadingProgress) -> ModelStatus:
         try:
             if source.lora is None:
                 model = load(source, progress)
@@ -155,14 +191,12 @@ class Registry:
                 model = self._with_lora(source, source.lora, progress)
             model, guarantees = self._check(model)
         except ModelFailed as error:
-            self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
-            return
+            return ModelStatus(source.name, ModelState.FAILED, str(error))
         except Exception as error:  # a hostile folder can break transformers anywhere
             logger.debug("model %s broke in its self-check", source.name, exc_info=True)
             reason = f"{source.location}: self-check failed: {one_line(error)}"
-            self._set(ModelStatus(source.name, ModelState.FAILED, reason))
-            return
-        self._admit(model, guarantees)
+            return ModelStatus(source.name, ModelState.FAILED, reason)
+        return self._admitted(model, guarantees)
 
     def _with_lora(
         self, source: ModelSource, folder: Path, progress: LoadingProgress
@@ -173,7 +207,7 @@ class Registry:
             raise ModelFailed(f"{folder}: its base, the model {source.location!r}, is not served")
         return load_lora(source.name, folder, base, progress)
 
-    def _admit(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> None:
+    def _admitted(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> ModelStatus:
         broken = [g for g in guarantees if not g.held]
         reason = "; ".join(guarantee.failure for guarantee in broken)
         if not broken:
@@ -182,7 +216,7 @@ class Registry:
         state = ModelState.FAILED if broken else ModelState.READY
         facts, provenance = model.view.facts, model.provenance
         status = ModelStatus(model.name, state, reason, provenance, facts, guarantees)
-        self._set(replace(status, levels=model.view.levels))
+        return replace(status, levels=model.view.levels)
 
     def unload(self, name: str) -> None:
         """Remove a model; return when its requests have finished and its memory is free.
@@ -198,7 +232,7 @@ class Registry:
         if model is not None:
             network = weakref.ref(model.network)
             del model
-            _release(name, network)
+            release(name, network)
         with self._changed:
             del self._statuses[name], self._sources[name], self._progress[name]
             del self._users[name]
@@ -208,7 +242,7 @@ class Registry:
         """Raise the error that `unload` would raise, and `ServerDraining`."""
         self._refuse_when_closed()
         status = self.status(name)
-        if status.state is ModelState.LOADING:
+        if status.state is ModelState.LOADING and name not in self._resident:
             raise ModelLoading(f"model {name!r} is still loading; wait until it is READY or FAILED")
         if status.state is ModelState.UNLOADING:
             raise ModelNotFound(f"model {name!r} is already being unloaded")
@@ -228,15 +262,18 @@ class Registry:
             self._statuses[status.name] = status
         self._observe(status)
 
-    def serves(self, name: str) -> bool:
-        """Whether a model accepts requests."""
-        with self._changed:
-            status = self._statuses.get(name)
-        return status is not None and status.state is ModelState.READY
-
     def alive(self, name: str) -> None:
         """Report that a model is still being loaded, as progress without a fraction."""
         self._progress[name].alive()
+
+    def show_progress_of_all(self, name: str, fraction: float) -> None:
+        """Report the share of a model's loading that is done in all processes."""
+        if name in self._progress:
+            self._progress[name].show_of_all(fraction)
+
+    def own_progress(self, name: str) -> LoadingProgress:
+        """The progress of loading a model in this process."""
+        return self._progress[name]
 
     def seconds_without_progress(self, now: float) -> float:
         """Seconds since any loading model last advanced, at `now` of `time.monotonic`.
@@ -245,7 +282,7 @@ class Registry:
         """
         with self._changed:
             moments = [
-                self._progress[status.name].advanced_at
+                self._progress[status.name].last_advanced_at
                 for status in self._statuses.values()
                 if status.state is ModelState.LOADING
             ]
@@ -262,12 +299,12 @@ class Registry:
             return [self._with_fraction(status) for status in self._statuses.values()]
 
     def _with_fraction(self, status: ModelStatus) -> ModelStatus:
-        return replace(status, loaded_fraction=self._progress[status.name].fraction)
+        return replace(status, loaded_fraction=self._progress[status.name].shown)
 
     def loaded_fraction(self, name: str) -> float:
         """Return the share of a model's loading that is done; 0 for an unknown model."""
         progress = self._progress.get(name)
-        return 0.0 if progress is None else progress.fraction
+        return 0.0 if progress is None else progress.shown
 
     def status(self, name: str, scope: Scope = _everything) -> ModelStatus:
         """Return the status of one model; an empty name is that of `_default`.
@@ -321,7 +358,7 @@ class Registry:
         with self._changed:
             status = self.status(name, scope)
             name = status.name
-            if status.state is ModelState.LOADING:
+            if status.state is ModelState.LOADING and name not in self._resident:
                 raise ModelLoading(f"model {name!r} is still loading")
             if status.state is ModelState.FAILED:
                 raise ModelFailed(f"model {name!r} cannot be served: {status.reason}")
@@ -336,7 +373,7 @@ class Registry:
         return model
 
 
-def _release(name: str, network: weakref.ref[PreTrainedModel]) -> None:
+def release(name: str, network: weakref.ref[PreTrainedModel]) -> None:
     """Free the memory of a model that is no longer used.
 
     Each collection stops the whole process for some 0.2 s, so the time between two of them doubles.

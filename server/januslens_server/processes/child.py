@@ -50,7 +50,7 @@ class ChildProcess:
         """
         self.number = number
         self._report = receive
-        self._done: dict[str, asyncio.Future[bool]] = {}
+        self._done: dict[str, asyncio.Future[str]] = {}
         loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[Loaded] = loop.create_future()
         self._listening: asyncio.Future[None] = loop.create_future()
@@ -77,24 +77,21 @@ class ChildProcess:
         self.send(Command.OPEN)
         await asyncio.shield(self._listening)
 
-    async def apply(self, change: Change) -> bool:
-        """Let the process apply a change; return whether it serves the model afterwards.
-
-        False if the process ends meanwhile.
-        """
+    async def apply(self, change: Change) -> str:
+        """Let the process apply a change; return why it could not load the model, or nothing."""
         name = name_of(change)
         self._done[name] = asyncio.get_running_loop().create_future()
         self.send(Apply(change))
         either: set[asyncio.Future[Any]] = {self._done[name], self._ended}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         done = self._done.pop(name)
-        return done.done() and done.result()
+        return done.result() if done.done() else "the process ended while it loaded the model"
 
     async def ended(self) -> int:
         """Wait for the exit status of the process; 128 + N if signal N ended it."""
         return await asyncio.shield(self._ended)
 
-    def send(self, command: Command | Announce | Apply | Settle) -> None:
+    def send(self, command: Instruction) -> None:
         """Send a command, unless the process has ended."""
         with suppress(OSError):
             self._pipe.send(command)
@@ -127,8 +124,8 @@ class ChildProcess:
             case Listening():
                 self._listening.set_result(None)
             case Applied() if message.name in self._done:
-                self._done[message.name].set_result(message.serves)
-            case Asked() | Stalled():
+                self._done[message.name].set_result(message.failure)
+            case Asked() | Stalled() | Progress():
                 self._report(message)
 
     def _end(self, status: int) -> None:
@@ -168,15 +165,26 @@ class Stalled:
     stalled: bool
 
 
-Report = Asked | Stalled
+@dataclass(frozen=True)
+class Progress:
+    """The share of loading a model that is done.
+
+    A child sends that of its own process, and receives that of all processes.
+    """
+
+    name: str
+    fraction: float
+
+
+Report = Asked | Stalled | Progress
 
 
 @dataclass(frozen=True)
 class Applied:
-    """Message of a child: it has applied a change; whether it serves the model now."""
+    """Message of a child: it has applied a change; why it could not load the model, if so."""
 
     name: str
-    serves: bool
+    failure: str
 
 
 @dataclass(frozen=True)
@@ -195,9 +203,10 @@ class Apply:
 
 @dataclass(frozen=True)
 class Settle:
-    """Command to a child: all processes have applied the change of this model."""
+    """Command to a child: all processes have applied a change, or one could not load the model."""
 
-    name: str
+    change: Change
+    failure: str = ""
 
 
 class Command(Enum):
@@ -205,6 +214,9 @@ class Command(Enum):
 
     OPEN = auto()  # open the port
     RELOAD = auto()  # read the callers' file again
+
+
+Instruction = Command | Announce | Apply | Settle | Progress
 
 
 def enter(

@@ -11,15 +11,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from januslens_server import gauges
-from januslens_server.config import ModelLocation, ServerSettings, name_of
+from januslens_server.config import Change, Load, ModelLocation, ServerSettings, name_of
+from januslens_server.models.progress import LoadingProgress
 from januslens_server.processes.child import (
     Announce,
     Applied,
     Apply,
     Asked,
     Command,
+    Instruction,
     Listening,
     Loaded,
+    Progress,
     Settle,
     Stalled,
 )
@@ -29,6 +32,9 @@ from januslens_server.serving.assembly import Assembly
 from januslens_server.serving.ports import add_port
 
 DEVICE_LOST = 1
+
+# Seconds between two reports of the progress of loading.
+PROGRESS_SECONDS = 0.25
 
 
 async def serve_as_child(
@@ -82,29 +88,57 @@ def _follow_supervisor(pipe: Connection, folder: Path, assembly: Assembly) -> as
     If the supervisor ends, this process exits.
     """
     opened, loop = asyncio.Event(), asyncio.get_running_loop()
-    changes = assembly.changes
-
-    def obey(command: Command | Announce | Apply | Settle) -> None:
-        match command:
-            case Command.OPEN:
-                opened.set()
-            case Command.RELOAD:
-                assembly.reload_callers()
-            case Announce():
-                changes.announce(command.location)
-            case Apply():
-                name = name_of(command.change)
-                changes.apply(command.change, lambda serves: pipe.send(Applied(name, serves)))
-            case Settle():
-                changes.settle(command.name)
 
     def follow() -> None:
         try:
             while True:
-                loop.call_soon_threadsafe(obey, pipe.recv())
+                loop.call_soon_threadsafe(_obey, pipe.recv(), pipe, assembly, opened)
         except (EOFError, OSError):  # the supervisor was killed and could not remove the folder
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
     threading.Thread(target=follow, name="supervisor", daemon=True).start()
     return opened
+
+
+def _obey(
+    command: Instruction, pipe: Connection, assembly: Assembly, opened: asyncio.Event
+) -> None:
+    match command:
+        case Command.OPEN:
+            opened.set()
+        case Command.RELOAD:
+            assembly.reload_callers()
+        case Announce():
+            assembly.changes.announce(command.location)
+        case Apply():
+            _apply(command.change, pipe, assembly)
+        case Progress():
+            assembly.registry.show_progress_of_all(command.name, command.fraction)
+        case Settle():
+            assembly.changes.settle(command.change, command.failure)
+
+
+def _apply(change: Change, pipe: Connection, assembly: Assembly) -> None:
+    """Apply a change, and report the progress of a load and the end to the supervisor."""
+    name, reports = name_of(change), None
+    if isinstance(change, Load):
+        progress = assembly.registry.own_progress(name)
+        reports = asyncio.create_task(_report_progress(pipe, name, progress))
+
+    def done(failure: str) -> None:
+        if reports is not None:
+            reports.cancel()
+        pipe.send(Applied(name, failure))
+
+    assembly.changes.apply(change, done)
+
+
+async def _report_progress(pipe: Connection, name: str, progress: LoadingProgress) -> None:
+    """Report how much of a model is loaded whenever its loading has advanced, until cancelled."""
+    reported = None
+    while True:
+        if progress.advanced_at != reported:
+            reported = progress.advanced_at
+            pipe.send(Progress(name, progress.fraction))
+        await asyncio.sleep(PROGRESS_SECONDS)

@@ -16,8 +16,10 @@ from januslens_server.processes.child import (
     ChildEnded,
     ChildProcess,
     Command,
+    Progress,
     Report,
     Settle,
+    Stalled,
 )
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.health import Health
@@ -93,7 +95,10 @@ class ProcessGroup:
         self._children: dict[int, ChildProcess] = {}
         # What a process loads when it starts; None = the models of the settings.
         self._locations: dict[str, ModelLocation] | None = None
-        self._models: dict[str, bool] | None = None
+        self._models: dict[str, bool] = {}  # whether each is served
+        # Why models could not be loaded at run time, which a replacement does not try again.
+        self._failures: dict[str, str] = {}
+        self._loading_in: tuple[int, int] = (0, 1)  # processes that have loaded, and all
         self._stalled: set[int] = set()
         self._starting = asyncio.Lock()  # held while a process starts or the models change
         self._changing: set[asyncio.Task[None]] = set()
@@ -120,14 +125,21 @@ class ProcessGroup:
 
     async def _loaded(self, number: int) -> ChildProcess:
         """Start a process and wait for its models, which must be those of the other processes."""
-        locations = None if self._locations is None else list(self._locations.values())
+        locations, failed = None, []
+        if self._locations is not None:
+            failed = [self._locations[name] for name in self._failures]
+            locations = [model for model in self._locations.values() if model not in failed]
         child = self._children[number] = ChildProcess(
             number, self._settings, self._folder, locations, self._receive
         )
         loaded = await child.loaded()
         found = loaded.models
-        if self._models is None or self._locations is None:
+        if self._locations is None:
             self._models, self._locations = found, loaded.locations
+        for model in failed:
+            found[model.name] = False
+            child.send(Announce(model))
+            child.send(Settle(Load(model), self._failures[model.name]))
         if found != self._models:
             await child.end(KILL_AFTER)
             raise OSError(
@@ -174,43 +186,66 @@ class ProcessGroup:
 
     def _receive(self, report: Report) -> None:
         """Receive what a process reports of itself."""
-        if isinstance(report, Asked):
-            task = asyncio.create_task(self._change(report.change))
-            self._changing.add(task)
-            task.add_done_callback(self._changing.discard)
-        else:
-            self._set_stalled(report.number, stalled=report.stalled)
+        match report:
+            case Asked():
+                task = asyncio.create_task(self._change(report.change))
+                self._changing.add(task)
+                task.add_done_callback(self._changing.discard)
+            case Progress():
+                loaded, count = self._loading_in
+                fraction = (loaded + report.fraction) / count
+                for child in self._children.values():
+                    child.send(Progress(report.name, fraction))
+            case Stalled():
+                self._set_stalled(report.number, stalled=report.stalled)
 
     def _set_stalled(self, number: int, *, stalled: bool) -> None:
         (self._stalled.add if stalled else self._stalled.discard)(number)
         self._health.set_stalled(bool(self._stalled))
 
     async def _change(self, change: Change) -> None:
-        """Make all processes apply a change of the models: loads one after another.
+        """Make all processes apply a change of the models.
 
-        So each process sees the memory that the others have left. A process that starts meanwhile
-        waits, and then loads the changed models.
+        A process that starts meanwhile waits, and then loads the changed models.
         """
         async with self._starting:
-            name, locations = name_of(change), self._locations or {}
+            if self._locations is None:
+                return  # a process that serves has set them
+            name, failure = name_of(change), ""
             children = [child for child in self._children.values() if child.serves]
             if isinstance(change, Load):
-                serves = (self._models or {}).get(name, False)
-                if serves and locations.get(name, change.location) != change.location:
-                    return  # another process was asked for another model of this name before
-                locations[name] = change.location
-                for child in children:
-                    child.send(Announce(change.location))
-                served = [await child.apply(change) for child in children]
+                if self._models.get(name, False):
+                    return  # another process was asked for a model of this name before
+                self._failures.pop(name, None)
+                failure = await self._load(change, children)
+                self._locations[name], self._models[name] = change.location, not failure
+                if failure:
+                    self._failures[name] = failure
             else:
-                locations.pop(name, None)
-                served = await asyncio.gather(*(child.apply(change) for child in children))
-            self._models = {**(self._models or {}), name: any(served)}
-            if name not in locations:
-                del self._models[name]
+                await asyncio.gather(*(child.apply(change) for child in children))
+                for entries in (self._locations, self._models, self._failures):
+                    entries.pop(name, None)
             for child in children:
-                child.send(Settle(name))
+                child.send(Settle(change, failure))
         self.update_health()
+
+    async def _load(self, change: Load, children: Sequence[ChildProcess]) -> str:
+        """Let processes load a model one after another, so that each sees the memory that is left.
+
+        Returns why a process could not, after which no other one tries; empty if all have loaded.
+        """
+        for child in children:
+            child.send(Announce(change.location))
+        for loaded, child in enumerate(children):
+            if not child.serves:
+                continue  # it has ended; its replacement loads the model
+            self._loading_in = loaded, len(children)
+            failure = await child.apply(change)
+            if failure and loaded:
+                failure = f"process {child.number} could not load it: {failure}"
+            if failure:
+                return failure
+        return ""
 
     def update_health(self) -> bool:
         """Report a model as SERVING while at least one process serves it.
@@ -225,7 +260,7 @@ class ProcessGroup:
             return [ModelStatus(name, ModelState.LOADING) for name in names]
         return [
             ModelStatus(name, ModelState.READY if ready else ModelState.FAILED)
-            for name, ready in (self._models or {}).items()
+            for name, ready in self._models.items()
         ]
 
     def reload_callers(self) -> None:

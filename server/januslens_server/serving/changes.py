@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from januslens_server.config import Change, Load, ModelLocation, Unload
+from januslens_server.config import Change, Load, ModelLocation, Unload, name_of
 from januslens_server.errors import IntrospectionError, PermissionDenied
 from januslens_server.models.loader import ModelSource
-from januslens_server.models.registry import Registry
+from januslens_server.models.registry import Registry, release
 
 logger = logging.getLogger("januslens_server")
 
@@ -64,6 +64,7 @@ class Changes:
 
     With several processes, `relay` sends a change to the supervisor. It orders the changes, and
     calls `announce` and then `apply` in every process, this one included, and at last `settle`.
+    A model that is loaded is READY from then on, so that no caller sees it as READY too early.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Changes:
         if self.relay is not None:
             self.relay(change)
         else:
-            self.apply(change, lambda _ready: None)
+            self.apply(change, lambda _failure: self.settle(change))
 
     async def unload(self, name: str) -> None:
         """Remove a model, as `rpc.admin.ModelChanges` describes."""
@@ -111,38 +112,39 @@ class Changes:
             if self.relay is not None:
                 self.relay(change)
             else:
-                self.apply(change, lambda _ready: self.settle(name))
+                self.apply(change, lambda _failure: self.settle(change))
         await asyncio.shield(self._unloads[name])
 
     def announce(self, location: ModelLocation) -> None:
         """Add a model that the supervisor will order to load; requests for it wait until then."""
         self._registry.expect(self._source_of(location))
 
-    def apply(self, change: Change, done: Callable[[bool], None]) -> None:
+    def apply(self, change: Change, done: Callable[[str], None]) -> None:
         """Apply a change in a thread, and then call `done` in the event loop.
 
-        `done` receives whether the model is served afterwards.
+        `done` receives why the model could not be loaded; empty if it could.
         """
         if isinstance(change, Load):
-            name = change.location.name
-            self.run_load(lambda: self._applied(name, self._registry.load, done))
+            self.run_load(lambda: self._load(name_of(change), done))
         else:
-            unload = self._registry.unload
-            threading.Thread(
-                target=self._applied, args=(change.name, unload, done), daemon=True
-            ).start()
+            threading.Thread(target=self._unload, args=(change.name, done), daemon=True).start()
 
-    def _applied(
-        self, name: str, work: Callable[[str], None], done: Callable[[bool], None]
-    ) -> None:
+    def _load(self, name: str, done: Callable[[str], None]) -> None:
+        self._loop.call_soon_threadsafe(done, self._registry.prepare(name))
+
+    def _unload(self, name: str, done: Callable[[str], None]) -> None:
         try:
-            work(name)
+            self._registry.unload(name)
         except IntrospectionError as error:  # a change from another process came first
             logger.warning("model %s not changed: %s", name, error)
-        self._loop.call_soon_threadsafe(done, self._registry.serves(name))
+        self._loop.call_soon_threadsafe(done, "")
 
-    def settle(self, name: str) -> None:
-        """Report to the waiting callers that a model is removed from every process."""
-        waiting = self._unloads.pop(name, None)
-        if waiting is not None:
-            waiting.set_result(None)
+    def settle(self, change: Change, failure: str = "") -> None:
+        """Report that every process has applied a change, or why one could not load the model."""
+        name = name_of(change)
+        if isinstance(change, Load):
+            unused = self._registry.settle(name, failure)
+            if unused is not None:
+                self.run_load(lambda: release(name, unused))
+        elif name in self._unloads:
+            self._unloads.pop(name).set_result(None)

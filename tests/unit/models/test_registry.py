@@ -16,7 +16,7 @@ from januslens_server.errors import (
     ServerDraining,
 )
 from januslens_server.models.loader import ModelSource
-from januslens_server.models.registry import Registry
+from januslens_server.models.registry import Registry, release
 from januslens_server.models.resident import ResidentModel
 from januslens_server.results import Guarantee, ModelState, ModelStatus
 
@@ -122,6 +122,31 @@ def test_empty_name_of_models_that_all_failed_names_them() -> None:
     loaded.load("gone")
     with pytest.raises(InvalidRequest, match="no model given: expected one of absent, gone"):
         loaded.get("")
+
+
+def test_a_prepared_model_serves_and_is_loading_until_it_is_settled() -> None:
+    loaded = registry()
+    loaded.expect(DEMO)
+    assert loaded.prepare("demo") == ""
+    assert states(loaded) == {"demo": ModelState.LOADING}
+    loaded.show_progress_of_all("demo", 0.5)
+    assert loaded.status("demo").loaded_fraction == 0.5
+    assert loaded.get("demo").name == "demo"
+    loaded.settle("demo")
+    assert states(loaded) == {"demo": ModelState.READY}
+    assert loaded.status("demo").loaded_fraction == 1.0
+
+
+def test_failure_elsewhere_fails_a_prepared_model_and_frees_it() -> None:
+    loaded = registry()
+    loaded.expect(DEMO)
+    loaded.prepare("demo")
+    unused = loaded.settle("demo", "process 2 could not load it")
+    assert unused is not None
+    release("demo", unused)
+    assert unused() is None
+    with pytest.raises(ModelFailed, match="process 2 could not load it"):
+        loaded.get("demo")
 
 
 def test_closed_registry_raises_server_draining() -> None:
