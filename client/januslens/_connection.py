@@ -406,6 +406,8 @@ def _message(call: FailedCall, details: errors.ErrorDetails, address: str) -> st
     text = call.details() or call.code().name
     if call.code() is grpc.StatusCode.UNAVAILABLE and not details.reason:
         return f"no answer from {address}: {text}{_advice(text, address)}"
+    if call.code() is grpc.StatusCode.UNAUTHENTICATED and text.startswith("missing bearer token"):
+        return f"{text}; in Python, set token="
     return text
 
 

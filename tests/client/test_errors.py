@@ -57,6 +57,12 @@ def raised(failure: Failure) -> januslens.JanuslensError:
     return exception_from(failure, "r1", "host:1")
 
 
+def test_a_missing_token_names_the_argument_of_the_client() -> None:
+    refused = "missing bearer token; send the metadata 'authorization: Bearer <token>'"
+    error = raised(Failure(grpc.StatusCode.UNAUTHENTICATED, refused))
+    assert str(error).startswith(f"{refused}; in Python, set token=")
+
+
 BEGUN = [("x-request-id", "r1")]
 LOST = grpc.StatusCode.UNAVAILABLE
 
