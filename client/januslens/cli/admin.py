@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 import click
 
 from januslens._connection import poll_seconds
 from januslens._presentation import loading_step
-from januslens.cli.options import Number, with_client
+from januslens.cli.options import Number, WaitingLine, with_client
 from januslens.client import Client
 from januslens.results.models import Model
 
@@ -50,24 +51,9 @@ def load(
     loading makes no progress, which does not end the loading.
     """
     model = client.load_model(name, source, revision=revision)
-    started = progressed = time.monotonic()
-    loaded = {} if no_wait else _loaded(client)
-    while model.state == "LOADING" and not no_wait:
-        if not as_json:
-            click.echo(f"\r{name} LOADING: {loading_step(model):8}", nl=False, err=True)
-        time.sleep(poll_seconds(time.monotonic() - started))
-        before, model = model, client.model(name)
-        now = time.monotonic()
-        if not as_json and model.state != "LOADING":
-            click.echo(err=True)
-        if model.loaded_fraction > before.loaded_fraction:
-            progressed = now
-        elif now - progressed > stall_timeout and model.state == "LOADING":
-            progressed, earlier, loaded = now, loaded, _loaded(client)
-            if loaded == earlier:  # else it waited for another model, which loads first
-                if not as_json:
-                    click.echo(err=True)
-                raise click.ClickException(_stalled(model, stall_timeout))
+    if not no_wait:
+        with closing(WaitingLine()) as line:
+            model = _waited(client, model, stall_timeout, line, as_json=as_json)
     if model.state == "FAILED":
         raise click.ClickException(f"model {name!r} FAILED: {model.state_reason}")
     if not as_json:
@@ -82,6 +68,27 @@ def unload(client: Client, as_json: bool, /, *, name: str) -> None:
     client.unload_model(name)
     if not as_json:
         click.echo(f"{name} unloaded")
+
+
+def _waited(
+    client: Client, model: Model, stall_timeout: float, line: WaitingLine, *, as_json: bool
+) -> Model:
+    """Wait until a model is loaded or FAILED; raise `ClickException` without progress."""
+    started = progressed = time.monotonic()
+    loaded = _loaded(client)
+    while model.state == "LOADING":
+        if not as_json:
+            line.show(f"{model.name} LOADING: {loading_step(model)}")
+        time.sleep(poll_seconds(time.monotonic() - started))
+        before, model = model, client.model(model.name)
+        now = time.monotonic()
+        if model.loaded_fraction > before.loaded_fraction:
+            progressed = now
+        elif now - progressed > stall_timeout and model.state == "LOADING":
+            progressed, earlier, loaded = now, loaded, _loaded(client)
+            if loaded == earlier:  # else it waited for another model, which loads first
+                raise click.ClickException(_stalled(model, stall_timeout))
+    return model
 
 
 def _loaded(client: Client) -> dict[str, tuple[str, float]]:

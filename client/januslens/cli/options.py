@@ -27,7 +27,7 @@ from januslens.client import Client
 from januslens.errors import JanuslensError
 from januslens.results.exports import json_line
 from januslens.results.kinds import Lens, MatrixKind
-from januslens.results.models import CostEstimate, Waiting
+from januslens.results.models import CostEstimate
 
 
 @contextmanager
@@ -389,17 +389,16 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class WaitingLine:
-    """The place of a waiting request, on standard error.
+    """What a command waits for, on standard error.
 
-    A terminal has one line that changes and disappears; elsewhere a request has one line.
+    A terminal has one line that changes and disappears; elsewhere only the first text is written.
     """
 
     def __init__(self) -> None:
         self._shown = ""
 
-    def show(self, waiting: Waiting) -> None:
-        """Show the place."""
-        text = waiting_line(waiting)
+    def show(self, text: str) -> None:
+        """Show this text instead of the one before."""
         if sys.stderr.isatty():
             click.echo("\r" + text.ljust(len(self._shown)), nl=False, err=True)
         elif not self._shown:
@@ -407,7 +406,7 @@ class WaitingLine:
         self._shown = text
 
     def close(self) -> None:
-        """Clear the line of a terminal, because the request has started or ended."""
+        """Clear the line of a terminal, because the wait has ended."""
         if self._shown and sys.stderr.isatty():
             click.echo("\r" + " " * len(self._shown) + "\r", nl=False, err=True)
         self._shown = ""
@@ -430,7 +429,11 @@ def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callab
                 click.echo(json_line(message))
 
         with usage_errors():
-            opened = Client(**connection, on_response=received, on_waiting=line.show)
+            opened = Client(
+                **connection,
+                on_response=received,
+                on_waiting=lambda place: line.show(waiting_line(place)),
+            )
         with opened as client, interruptible(client.close), closing(line):
             command(client, as_json, *args, **kwargs)
 
