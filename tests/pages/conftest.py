@@ -88,6 +88,20 @@ def wait_until(tab: Page, expression: str) -> None:
         tab.wait_for_timeout(20)
 
 
+def exported(
+    tab: Page, file_format: str, to: Path, *, size: str = "screen", panels: int = 99
+) -> Path:
+    """Export the first panels of a page in a format, and return the file."""
+    tab.get_by_role("button", name="Export", exact=True).click()
+    tab.get_by_label("Size").select_option(size)
+    for box in tab.locator(".export-panels input").all()[panels:]:
+        box.uncheck()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name=file_format, exact=True).click()
+    download.value.save_as(to)
+    return to
+
+
 @dataclass(frozen=True)
 class Traced:
     """A trace with its overview, and the file of its page."""

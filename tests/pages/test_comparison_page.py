@@ -12,7 +12,7 @@ from playwright.sync_api import Page, expect
 
 import januslens
 from januslens import TraceComparison
-from tests.pages.conftest import PROMPT, Traced, wait_until
+from tests.pages.conftest import PROMPT, Traced, exported, wait_until
 
 OTHER = "The capital of Peru is the city of"
 
@@ -59,6 +59,14 @@ def test_rows_of_the_differences_add_up_to_both_logits(
         expected = [before, after, after - before]
         found = [_number(text) for text in shown[3 * i : 3 * i + 3]]
         assert found == pytest.approx(expected, abs=0.006)
+
+
+def test_exported_figure_names_both_prompts(opened: Page, tmp_path: Path) -> None:
+    svg = exported(opened, "SVG", tmp_path / "two.svg", size="page").read_text(encoding="utf-8")
+    texts = re.sub("[\u2066-\u2069]", "", " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg)))
+    for shown in (PROMPT, OTHER, "Before: where the logit", "After: where the logit"):
+        assert shown in texts
+    assert texts.count("model demo") == 1
 
 
 def test_both_figures_have_one_scale_and_one_selection(

@@ -17,7 +17,7 @@ from playwright.sync_api import Page, expect
 
 import januslens
 from januslens.cli.program import januslens as command
-from tests.pages.conftest import ELAPSED, PROMPT, hostile_prompt, wait_until
+from tests.pages.conftest import ELAPSED, PROMPT, exported, hostile_prompt, wait_until
 from tests.pages.models import LAYERS
 from tests.support.axe import serious_findings
 from tests.support.server import ServerProcess
@@ -441,6 +441,30 @@ def test_printed_page_is_light_with_complete_pictures(tab: Page, page: str) -> N
     assert max(edges) <= 700
     expect(tab.get_by_role("toolbar")).to_be_hidden()
     tab.emulate_media(media="screen")
+
+
+def test_printed_table_of_a_preview_fits_on_the_sheet(tab: Page, page: str) -> None:
+    tab.goto(page)
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 640, "height": 1000})
+    tables = tab.locator("table.readings")
+    assert tables.count() > 0
+    edges = tables.evaluate_all("all => all.map(t => t.getBoundingClientRect().right)")
+    assert max(edges) <= 640
+
+
+def test_exported_matrices_are_beside_each_other_where_two_fit(
+    tab: Page, page: str, tmp_path: Path
+) -> None:
+    tab.goto(page)
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    for size, columns in (("page", 1), ("slide", 2)):
+        path = exported(tab, "SVG", tmp_path / f"{size}.svg", size=size)
+        pictures = re.findall(r'<svg [^>]*class="picture[^>]*>', path.read_text(encoding="utf-8"))
+        lefts = [re.search(r' x="([\d.]+)"', picture)[1] for picture in pictures]  # type: ignore[index]  # all have one
+        assert len(lefts) >= 2
+        assert len(set(lefts)) == columns
 
 
 def test_forced_colours_keep_pictures_and_bars(tab: Page, page: str) -> None:

@@ -16,7 +16,7 @@ import januslens
 from januslens import _presentation as presentation
 from januslens.v1 import common_pb2
 from januslens.viewer.html import gradient_page, trace_page
-from tests.pages.conftest import ELAPSED, PROMPT, Traced, wait_until
+from tests.pages.conftest import ELAPSED, PROMPT, Traced, exported, wait_until
 from tests.pages.models import HOSTILE
 from tests.support.axe import serious_findings
 
@@ -506,20 +506,6 @@ def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:
         assert hidden in "".join(HOSTILE)
         labels = tab.locator("svg text, bdi").all_text_contents()
         assert not any(hidden in label for label in labels)
-
-
-def exported(
-    tab: Page, file_format: str, to: Path, *, size: str = "screen", panels: int = 99
-) -> Path:
-    """Export the first panels of a page in a format, and return the file."""
-    tab.get_by_role("button", name="Export", exact=True).click()
-    tab.get_by_label("Size").select_option(size)
-    for box in tab.locator(".export-panels input").all()[panels:]:
-        box.uncheck()
-    with tab.expect_download() as download:
-        tab.get_by_role("button", name=file_format, exact=True).click()
-    download.value.save_as(to)
-    return to
 
 
 def test_exported_json_equals_the_stream(tab: Page, demo: Traced, tmp_path: Path) -> None:

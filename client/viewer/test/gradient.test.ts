@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import type { ComponentMessage } from '../src/contract'
-import { scaleOf } from '../src/gradient/maps'
+import { rankLegend, scaleLegend, scaleOf } from '../src/gradient/maps'
 import { GradientModel, promotionRank, shiftOf } from '../src/model/gradient'
 
 /** A gradient of three positions with these |δ| in FF2 of one layer. */
@@ -53,4 +53,15 @@ test('a descent step promotes the end that the matrix names', () => {
   assert.equal(shiftOf(component)?.suppressed[0]?.token.label, '␣b')
   assert.equal(promotionRank(99, 'BOTTOM', 100), 0)
   assert.equal(promotionRank(7, '', 100), 7)
+})
+
+test('legends have as many lines as fit in the width of their picture', () => {
+  const model = gradient([202, 3, 24])
+  const scale = scaleOf(model, 'FF2', '')
+  const lines = (width: number) => [
+    scaleLegend(scale, model.prompt, width).lines,
+    rankLegend(width).lines,
+  ]
+  assert.deepEqual(lines(480), [1, 1])
+  assert.deepEqual(lines(370), [2, 2])
 })

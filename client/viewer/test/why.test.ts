@@ -2,6 +2,7 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { FlowGraph } from '../src/model/flow_graph'
 import { contributionTree } from '../src/model/graph_queries'
+import { charactersIn } from '../src/presentation/svg'
 import { partsOf, whyLayout } from '../src/trace/why_layout'
 import { stream } from './stream'
 
@@ -41,6 +42,17 @@ test('a long source token keeps its position in a narrow figure', () => {
   graph.prompt[0] = { id: 1, text: 'Bakersfield', label: 'Bakersfield' }
   const texts = whyLayout(graph, tree, 350).sources.map(({ text }) => text)
   assert.deepEqual(texts, ['Bak… (0)', '␣of (1)', 'other tokens'])
+})
+
+test('a neuron keeps its number in a figure of one column of a paper', () => {
+  const { graph, tree } = made()
+  const neuron = tree.parts.flatMap(({ parts }) => parts).find(({ node }) => node.neuron === 9)
+  assert.ok(neuron)
+  neuron.node.layer = 16
+  neuron.node.neuron = 1935
+  const { columns, rows } = whyLayout(graph, tree, 480)
+  assert.ok(rows.some(({ name }) => name === 'L16 neuron 1935'))
+  assert.ok(charactersIn(columns.chip - columns.name) >= 'L16 neuron 1935'.length)
 })
 
 test('the answer stacks every part at the thickness of its contribution', () => {

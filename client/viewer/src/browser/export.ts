@@ -150,48 +150,88 @@ function figureOf(exported: Exported, panels: readonly Panel[], size: Size): Fig
 
 const MARGIN = 16
 const GAP = 22
+const BESIDE = 28 // px between the panels of a row
 const SVG = 'http://www.w3.org/2000/svg'
 const PIXEL = 25.4 / 96 // mm
 
-/** All panels, stacked below the page's title and above the footnotes, with resolved colours and fonts. */
+/**
+ * All panels, in rows below the page's title and above the footnotes, with resolved colours and fonts.
+ */
 function standaloneFigure(
   panels: readonly Panel[],
   size: Size,
   footnotes: readonly string[],
 ): Figure {
-  const widths = panels.map(({ picture }) => picture.width.baseVal.value)
-  const width = Math.max(size.layout ?? 0, ...widths) + 2 * MARGIN
+  const room = Math.max(size.layout ?? 0, ...panels.map(widthOf))
+  const width = room + 2 * MARGIN
   const parts: string[] = []
   let y = MARGIN
-  const write = (text: string, style: 'title' | 'panel' | 'quiet') => {
-    for (const line of wrapped(text, Math.floor((width - 2 * MARGIN) / WIDTHS[style]))) {
+  const write = (text: string, style: 'title' | 'quiet') => {
+    for (const line of wrapped(text, Math.floor(room / WIDTHS[style]))) {
       y += HEIGHTS[style]
-      parts.push(textLine(line, style, y))
+      parts.push(textLine(line, style, MARGIN, y))
     }
   }
-  write(isolatedText(document.querySelector('.heading h1')), 'title')
-  write(document.querySelector('.heading .provenance')?.textContent ?? '', 'quiet')
-  for (const { name, picture } of panels) {
+  const made = Array.from(
+    document.querySelectorAll('.heading .provenance'),
+    ({ textContent }) => textContent,
+  )
+  document.querySelectorAll('.heading h1').forEach((title, i) => {
+    write(isolatedText(title), 'title')
+    if (made[i] !== made[i + 1]) write(made[i] ?? '', 'quiet') // once for two prompts of one model
+  })
+  for (const row of rowsOf(panels, room)) {
     y += GAP
-    write(name, 'panel')
-    y += 8
-    const copy = resolvedCopy(picture)
-    copy.setAttribute('x', String(MARGIN))
-    copy.setAttribute('y', String(y))
-    parts.push(new XMLSerializer().serializeToString(copy))
-    y += picture.height.baseVal.value
+    const titles = row.map((panel) => {
+      const own = row.length === 1 ? room : widthOf(panel)
+      return wrapped(panel.name, Math.floor(own / WIDTHS.panel))
+    })
+    const top = y + HEIGHTS.panel * Math.max(...titles.map(({ length }) => length)) + 8
+    let x = MARGIN
+    row.forEach((panel, i) => {
+      titles[i]?.forEach((line, j) => {
+        parts.push(textLine(line, 'panel', x, y + HEIGHTS.panel * (j + 1)))
+      })
+      const copy = resolvedCopy(panel.picture)
+      copy.setAttribute('x', String(x))
+      copy.setAttribute('y', String(top))
+      parts.push(new XMLSerializer().serializeToString(copy))
+      x += widthOf(panel) + BESIDE
+    })
+    y = top + Math.max(...row.map(({ picture }) => picture.height.baseVal.value))
   }
   if (footnotes.length > 0) y += GAP - HEIGHTS.quiet
   for (const line of footnotes) write(line, 'quiet')
   return framed(parts.join(''), width, y + MARGIN, size)
 }
 
+function widthOf({ picture }: Panel): number {
+  return picture.width.baseVal.value
+}
+
+/** The panels in their order; those that fit beside each other are in one row. */
+function rowsOf(panels: readonly Panel[], room: number): Panel[][] {
+  const rows: Panel[][] = []
+  let taken = 0
+  for (const panel of panels) {
+    const row = rows.at(-1)
+    if (row && taken + BESIDE + widthOf(panel) <= room) {
+      row.push(panel)
+      taken += BESIDE + widthOf(panel)
+    } else {
+      rows.push([panel])
+      taken = widthOf(panel)
+    }
+  }
+  return rows
+}
+
 const WIDTHS = { title: 8.3, panel: 7.6, quiet: 6 } // px of an average character
 const HEIGHTS = { title: 19, panel: 17, quiet: 15 } // px of a line
 
-function textLine(text: string, style: string, y: number): string {
+function textLine(text: string, style: string, x: number, y: number): string {
   const made = document.createElementNS(SVG, 'text')
-  made.setAttribute('x', String(MARGIN))
+  made.setAttribute('x', String(x))
   made.setAttribute('y', String(y))
   made.setAttribute('class', style)
   made.textContent = text

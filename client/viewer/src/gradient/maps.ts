@@ -13,7 +13,14 @@ import {
 } from '../model/gradient'
 import type { Token } from '../model/tokens'
 import { BINS, normPaint, normSteps, rankBin } from '../presentation/colours'
-import type { HeatCell, HeatColumn, HeatMap, Legend, Line } from '../presentation/heatmap'
+import {
+  type HeatCell,
+  type HeatColumn,
+  type HeatMap,
+  LEGEND_LINE,
+  type Legend,
+  type Line,
+} from '../presentation/heatmap'
 import { columnsIn, type Group, GUTTER } from '../presentation/svg'
 import { at, count, decimals, measure } from '../presentation/wording'
 
@@ -245,23 +252,30 @@ function sentence(component: Component, model: GradientModel): string {
 
 const STEPS = 24
 const WIDTH = 5
-const BIN = 58
+const END = 14 + STEPS * WIDTH + 8 // px, where the text after the steps begins
+const LETTER = 5.6 // px
+const BIN = 60 // px from a bin to the next
 
-/** The legend of a scale. */
-export function scaleLegend(scale: Scale, prompt: readonly Token[]): Legend {
+/** The legend of a scale below a picture of this width; what does not fit is on a second line. */
+export function scaleLegend(scale: Scale, prompt: readonly Token[], width: number): Legend {
   const { colour, largest, beyond } = scale
   const name = colour === 'size' ? '|x||δ|' : '|δ|'
-  const more = beyond ? `; ${at(beyond.position, prompt)} up to ${measure(beyond.value)}` : ''
-  const text = `${measure(largest)} · ${name}, square-root scale${more}`
-  return { key: text, draw: (group) => drawSteps(group, text) }
+  const text = `${measure(largest)} · ${name}, square-root scale`
+  const more = beyond ? `${at(beyond.position, prompt)} up to ${measure(beyond.value)}` : ''
+  const whole = more ? `${text}; ${more}` : text
+  const fits = GUTTER + END + whole.length * LETTER <= width
+  const lines = fits || !more ? [whole] : [text, more]
+  return { key: whole, lines: lines.length, draw: (group) => drawSteps(group, lines) }
 }
 
-/** The legend of rank bins. */
-export function rankLegend(): Legend {
-  return { key: 'ranks', draw: drawBins }
+/** The legend of rank bins below a picture of this width. */
+export function rankLegend(width: number): Legend {
+  const perLine = Math.max(1, Math.min(BINS.length, Math.floor((width - GUTTER) / BIN)))
+  const lines = Math.ceil(BINS.length / perLine)
+  return { key: `ranks ${perLine}`, lines, draw: (group) => drawBins(group, perLine) }
 }
 
-function drawSteps(group: Group, text: string): void {
+function drawSteps(group: Group, lines: readonly string[]): void {
   group
     .selectAll('rect')
     .data(normSteps(STEPS))
@@ -270,28 +284,30 @@ function drawSteps(group: Group, text: string): void {
     .attr('width', WIDTH + 0.5)
     .attr('height', 12)
     .style('fill', (colour) => colour)
-  const end = 14 + STEPS * WIDTH + 8
   group
     .selectAll('text')
     .data([
-      { x: 0, text: '0' },
-      { x: end, text },
+      { x: 0, y: 10, text: '0' },
+      ...lines.map((text, i) => ({ x: END, y: 10 + i * LEGEND_LINE, text })),
     ])
     .join('text')
     .attr('class', 'column')
     .attr('x', (label) => label.x)
-    .attr('y', 10)
+    .attr('y', (label) => label.y)
     .text((label) => label.text)
 }
 
-function drawBins(group: Group): void {
+function drawBins(group: Group, perLine: number): void {
+  const x = (bin: number) => (bin % perLine) * BIN
+  const y = (bin: number) => Math.floor(bin / perLine) * LEGEND_LINE
   group
     .selectAll('rect')
     .data(BINS)
     .join('rect')
     .attr('class', (_, bin) => `key bin-${bin}`)
-    .attr('x', (_, bin) => bin * (BIN + 2))
-    .attr('width', BIN)
+    .attr('x', (_, bin) => x(bin))
+    .attr('y', (_, bin) => y(bin))
+    .attr('width', BIN - 2)
     .attr('height', 18)
     .attr('rx', 3)
   group
@@ -299,8 +315,8 @@ function drawBins(group: Group): void {
     .data(BINS)
     .join('text')
     .attr('class', (_, bin) => `on-bin-${bin}`)
-    .attr('x', (_, bin) => bin * (BIN + 2) + BIN / 2)
-    .attr('y', 9.5)
+    .attr('x', (_, bin) => x(bin) + BIN / 2 - 1)
+    .attr('y', (_, bin) => y(bin) + 9.5)
     .attr('text-anchor', 'middle')
     .attr('dominant-baseline', 'central')
     .text((text) => text)

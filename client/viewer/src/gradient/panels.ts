@@ -68,7 +68,9 @@ export class MapPanels {
     setOptions(panel.kinds, this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT'), kind)
     panel.title.replaceChildren(`${kind}: ${text}`)
     const scale = scaleOf(this.model, kind, shown.colour)
-    const legend = shown.byRank ? rankLegend() : scaleLegend(scale, this.model.prompt)
+    const legend = shown.byRank
+      ? rankLegend(shown.width)
+      : scaleLegend(scale, this.model.prompt, shown.width)
     this.show(panel, factorMap(this.model, kind, shown, scale), legend)
     if (shown.scrolls) scrollTo(panel, shown.selected)
   }
@@ -92,7 +94,7 @@ export class MapPanels {
       String(shown.target),
       text.map(([, t]) => t),
     )
-    this.show(this.rank, rankMap(this.model, kind, shown), rankLegend())
+    this.show(this.rank, rankMap(this.model, kind, shown), rankLegend(shown.width))
     if (shown.scrolls) scrollTo(this.rank, shown.selected)
   }
 

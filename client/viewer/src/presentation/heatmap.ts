@@ -58,9 +58,11 @@ export interface HeatMap {
   cell: (row: string, column: string) => HeatCell | undefined
 }
 
-/** The legend; a different `key` causes a redraw. */
+/** The legend; a different `key` or number of lines causes a redraw. */
 export interface Legend {
   key: string
+  /** Lines, one unless given. */
+  lines?: number
   draw: (group: Group) => void
 }
 
@@ -86,7 +88,8 @@ const UNLABELLED = 80
 const GAP = 4
 const TOP = 4
 const AXIS = 24
-const LEGEND = 28
+const LEGEND = 28 // px of a legend of one line
+export const LEGEND_LINE = 20 // px from a line of a legend to the next
 const MARK = 10
 const ROOMY = 84 // px; narrower cells have less padding
 
@@ -99,7 +102,8 @@ export function heatPicture(name: string): Svg {
 export function drawHeatMap(svg: Svg, map: HeatMap, legend?: Legend): void {
   const { columns, rows, cellHeight, width } = map
   const axis = TOP + rows.length * (cellHeight + GAP)
-  const height = axis + AXIS + (legend ? LEGEND : 0)
+  const lines = legend?.lines ?? 1
+  const height = axis + AXIS + (legend ? LEGEND + (lines - 1) * LEGEND_LINE : 0)
   if (needsRedraw(svg.node() as Element, `${width} ${height}`)) {
     // For printing, the viewBox scales the picture to the paper.
     svg.attr('width', width).attr('height', height).attr('viewBox', `0 0 ${width} ${height}`)
@@ -108,7 +112,7 @@ export function drawHeatMap(svg: Svg, map: HeatMap, legend?: Legend): void {
   drawPart(svg, 'rows', [rows, cellHeight], (group) => drawRows(group, map))
   drawPart(svg, 'axis', [columns, axis], (group) => drawAxis(group, map, axis + 12))
   if (!legend) return
-  drawPart(svg, 'legend', [legend.key, axis], (group) => {
+  drawPart(svg, 'legend', [legend.key, lines, axis], (group) => {
     legend.draw(group.attr('transform', `translate(${GUTTER},${axis + AXIS + 4})`))
   })
 }

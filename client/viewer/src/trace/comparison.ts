@@ -98,8 +98,8 @@ class ComparisonView {
       pin: () => {},
     })
     this.figures = [
-      new WhyFigure(before, this.tooltip, actions(String)),
-      new WhyFigure(after, this.tooltip, actions(ids.toBefore)),
+      new WhyFigure(before, this.tooltip, actions(String), 'Before'),
+      new WhyFigure(after, this.tooltip, actions(ids.toBefore), 'After'),
     ]
     document.addEventListener('keydown', (event) => this.pressed(event))
     const draw = oncePerFrame(() => this.draw())

@@ -152,7 +152,7 @@ const NAME = 44
 const LONGEST_NAME = 0.26 // of the block's width
 const NUMBER = 6.4 // px of a character
 const ACTIVATION = 66
-const SHARE = 50
+const SHARE = 56
 const RIBBONS = 56
 
 export function placeMlp(

@@ -41,6 +41,7 @@ export class WhyFigure {
     private readonly graph: FlowGraph,
     private readonly tooltip: Tooltip,
     actions: Actions,
+    private readonly side: '' | 'Before' | 'After' = '',
   ) {
     const picture = this.svg.attr('role', 'group').node() as SVGSVGElement
     this.element = element('section', { class: 'why-box' }, this.title, this.note, picture)
@@ -74,7 +75,8 @@ export class WhyFigure {
     this.element.hidden = graph.complete && !tree
     this.element.classList.toggle('pending', !graph.complete)
     const target = graph.targets.get(position)?.target.label ?? 'the target'
-    this.title.textContent = `Where the ${explained(graph, position)} comes from`
+    const where = this.side ? `${this.side}: where` : 'Where'
+    this.title.textContent = `${where} the ${explained(graph, position)} comes from`
     this.note.textContent = tree
       ? `The largest direct contributions; with the rests they add up to ${signed(tree.contribution)}.`
       : 'Shown when the trace is complete.'

@@ -76,7 +76,7 @@ export function whyLayout(
   const total = parts.reduce((sum, part) => sum + Math.abs(finite(part.contribution)), 0)
   const largest = Math.max(...parts.map((part) => Math.abs(finite(part.contribution))))
   const inputs = parts.map((part) => inputsOf(graph, part, LEAST_SOURCE * largest))
-  const named = parts.filter(({ node }) => node.annotation?.name)
+  const named = parts.filter(({ rest }) => !rest)
   const columns = columnsIn(
     Math.min(WIDEST, Math.max(NARROWEST, width)),
     inputs.flat().length > 0,
@@ -111,7 +111,7 @@ export function whyLayout(
   }
 }
 
-/** The columns; `longest` is the width of the longest name that a reader gave, which has room first. */
+/** The columns; `longest` is the width of the longest name of a part, which has room first. */
 function columnsIn(width: number, hasSources: boolean, longest: number): WhyColumns {
   const free = Math.max(0, width - WITH_TOKENS)
   const narrow = width < WITH_TOKENS
