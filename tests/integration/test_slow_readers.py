@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
+from januslens_server.rpc.call import ERROR_SECONDS
 from tests.support.calls import long_trace, prompt, refusal, refused, started
 from tests.support.memory import resident_bytes
 from tests.support.metrics import unfinished, wait_until_idle
@@ -83,6 +84,7 @@ def test_a_stalled_reader_is_aborted_with_the_reason(impatient: ServerProcess) -
         next(call)
         impatient.wait_for("Trace ABORTED")
         wait_until_idle(impatient)
+        time.sleep(ERROR_SECONDS + 0.5)  # until the handler has ended without its reader
         with pytest.raises(grpc.RpcError):
             list(call)
     answer = refusal(call)

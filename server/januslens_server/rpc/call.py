@@ -68,6 +68,9 @@ REPORT_WAITING_KEY = "x-report-waiting"
 UNKNOWN = "unknown"
 # A client's timer runs out before the server's by the time that the request took to arrive.
 DEADLINE_MARGIN = 0.1
+# Seconds for which a handler waits until its error is sent. It is sent after the messages that the
+# caller has not read yet, which may be never.
+ERROR_SECONDS = 1.0
 
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CURRENT_CALLER: ContextVar[Caller] = ContextVar("current_caller", default=ANYONE)
@@ -178,9 +181,25 @@ class Call:
             trailers.append((REQUEST_ID_KEY, self.request_id))
             if isinstance(error, TryLater):
                 trailers.append((PUSHBACK_KEY, str(milliseconds(error.retry_after))))
+        await self._send_error(status.code, status.details, tuple(trailers))
+
+    async def _send_error(
+        self, code: grpc.StatusCode, details: str, trailers: tuple[tuple[str, str | bytes], ...]
+    ) -> NoReturn:
+        """End the call, and the handler even if the caller does not read the status.
+
+        A handler that waited for such a caller would keep its model, request and results in memory
+        for as long as the connection is open. gRPC still sends the status when the caller reads.
+        """
+        sending: asyncio.Future[NoReturn] = asyncio.ensure_future(
+            self.context.abort(code, details, trailing_metadata=trailers)
+        )
+        sending.add_done_callback(retrieve_error)
+        sent, _ = await asyncio.wait([sending], timeout=ERROR_SECONDS)
+        if not sent:
+            raise asyncio.CancelledError("the caller does not read the status")
         with _broken_connection_cancels():
-            trailing = tuple(trailers)
-            await self.context.abort(status.code, status.details, trailing_metadata=trailing)
+            sending.result()  # raises gRPC's own exception, which ends the handler
 
     def _end(self, code: grpc.StatusCode) -> None:
         seconds = time.perf_counter() - self.started
@@ -268,6 +287,12 @@ def current_caller() -> Caller:
 def set_current_caller(caller: Caller) -> None:
     """Set the caller of the RPC that this task handles."""
     _CURRENT_CALLER.set(caller)
+
+
+def retrieve_error(abandoned: asyncio.Future[Any]) -> None:
+    """Retrieve the error of work that nobody waits for, so that asyncio does not report it."""
+    if not abandoned.cancelled():
+        abandoned.exception()
 
 
 @contextmanager

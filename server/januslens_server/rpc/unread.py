@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import grpc
 
 from januslens_server.errors import QueueFull, ReaderStalled, RequestCancelled, readable_size
-from januslens_server.rpc.call import Context
+from januslens_server.rpc.call import Context, retrieve_error
 
 # Seconds for which a stream must not have been read before it is ended for its bytes.
 PATIENCE = 1.0
@@ -141,7 +141,7 @@ async def write_within(
         )
     finally:
         write.cancel()  # has no effect on a finished write
-        write.add_done_callback(_forget)
+        write.add_done_callback(retrieve_error)
     if write not in finished and evicted in finished:
         raise ReaderStalled(
             "too many results are not read (--max-unread); the slowest streams were ended; read "
@@ -156,9 +156,3 @@ async def write_within(
         write.result()
     except grpc.aio.InternalError as error:
         raise RequestCancelled("the connection to the caller was lost") from error
-
-
-def _forget(write: asyncio.Future[None]) -> None:
-    """Retrieve the result of an abandoned write, so that asyncio does not report its exception."""
-    if not write.cancelled():
-        write.exception()
