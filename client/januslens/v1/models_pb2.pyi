@@ -139,11 +139,15 @@ class Model(_message.Message):
         STATE_UNSPECIFIED: Model._State.ValueType  # 0
         """Never sent."""
         STATE_LOADING: Model._State.ValueType  # 1
-        """The weights are being read, or the self-check is running. Requests get UNAVAILABLE."""
+        """The weights are being read, or the self-check is running, in at least one process of the server.
+        Requests get UNAVAILABLE.
+        """
         STATE_READY: Model._State.ValueType  # 2
-        """The model is loaded and has passed its self-check."""
+        """The model is loaded and has passed its self-check, in every process of the server."""
         STATE_FAILED: Model._State.ValueType  # 3
-        """The model could not be loaded or failed its self-check. Requests get FAILED_PRECONDITION."""
+        """The model could not be loaded or failed its self-check, in at least one process of the server;
+        no process serves it. Requests get FAILED_PRECONDITION.
+        """
         STATE_UNLOADING: Model._State.ValueType  # 4
         """The model is being removed (UnloadModel): admitted requests finish, others get NOT_FOUND."""
 
@@ -153,11 +157,15 @@ class Model(_message.Message):
     STATE_UNSPECIFIED: Model.State.ValueType  # 0
     """Never sent."""
     STATE_LOADING: Model.State.ValueType  # 1
-    """The weights are being read, or the self-check is running. Requests get UNAVAILABLE."""
+    """The weights are being read, or the self-check is running, in at least one process of the server.
+    Requests get UNAVAILABLE.
+    """
     STATE_READY: Model.State.ValueType  # 2
-    """The model is loaded and has passed its self-check."""
+    """The model is loaded and has passed its self-check, in every process of the server."""
     STATE_FAILED: Model.State.ValueType  # 3
-    """The model could not be loaded or failed its self-check. Requests get FAILED_PRECONDITION."""
+    """The model could not be loaded or failed its self-check, in at least one process of the server;
+    no process serves it. Requests get FAILED_PRECONDITION.
+    """
     STATE_UNLOADING: Model.State.ValueType  # 4
     """The model is being removed (UnloadModel): admitted requests finish, others get NOT_FOUND."""
 
@@ -205,7 +213,7 @@ class Model(_message.Message):
     """Longest input in tokens; 2147483647 = the configuration sets no limit."""
     loaded_fraction: _builtins.float
     """How much of the loading is done, from 0 to 1: the share of the bytes of the weights that have
-    been read, checked and hashed. 1 for a READY model.
+    been read, checked and hashed, by all processes of the server. 1 for a READY model.
     """
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
