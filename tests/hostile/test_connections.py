@@ -48,11 +48,15 @@ def held(limited: ServerProcess) -> Iterator[None]:
     """Check that others are served during and after the attack, and that its memory is bounded."""
     with grpc.insecure_channel(limited.address) as channel:
         served(channel)
-        memory, files, running = resident_bytes(limited), open_files(limited), threads(limited)
+        memory, files, running = (
+            resident_bytes(limited.process.pid),
+            open_files(limited.process.pid),
+            threads(limited),
+        )
         yield
         served(channel)
-        assert resident_bytes(limited) - memory < MEMORY
-        assert open_files(limited) - files <= CONNECTIONS + 10
+        assert resident_bytes(limited.process.pid) - memory < MEMORY
+        assert open_files(limited.process.pid) - files <= CONNECTIONS + 10
         assert threads(limited) - running < 20
     assert "Traceback" not in limited.log
 
@@ -79,7 +83,7 @@ def test_idle_connections_are_bounded_and_leave_the_health_port_free(
         for _ in range(10 * CONNECTIONS):
             stack.enter_context(socket.create_connection((host, int(port)), 10))
         time.sleep(0.5)
-        assert open_files(limited) < CONNECTIONS + 60
+        assert open_files(limited.process.pid) < CONNECTIONS + 60
         with grpc.insecure_channel(limited.health_address) as channel:
             check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
             assert check(b"", timeout=10) == b"\x08\x01"
@@ -145,13 +149,13 @@ def test_floods_of_frames_use_bounded_memory(limited: ServerProcess, flood: byte
 @pytest.mark.usefixtures("held")
 def test_half_sent_messages_use_bounded_memory(limited: ServerProcess) -> None:
     """Only the few that are received at once may use memory for a whole message."""
-    before = resident_bytes(limited)
+    before = resident_bytes(limited.process.pid)
     with ExitStack() as stack:
         for _ in range(CONNECTIONS // 4):
             peer = stack.enter_context(RawPeer(limited.address, reads=False))
             for _ in range(STREAMS // 2):
                 send_most(peer, peer.headers(METHOD))
-        assert resident_bytes(limited) - before < HALF_SENT_MEMORY
+        assert resident_bytes(limited.process.pid) - before < HALF_SENT_MEMORY
 
 
 def test_a_half_sent_message_is_refused_while_others_wait(limited: ServerProcess) -> None:
@@ -221,7 +225,7 @@ def test_whole_large_requests_use_bounded_memory_and_do_not_delay_another_addres
     """Each has as many token ids as a request may have, 20 times as large once decoded."""
     ids = common_pb2.TokenIds(ids=[1000] * (2**18))
     request = trace_pb2.TraceRequest(input=common_pb2.Input(token_ids=ids))
-    before = resident_bytes(limited)
+    before = resident_bytes(limited.process.pid)
     with ExitStack() as stack:
         for _ in range(2):
             peer = stack.enter_context(RawPeer(limited.address, source="127.0.0.9"))
@@ -231,5 +235,5 @@ def test_whole_large_requests_use_bounded_memory_and_do_not_delay_another_addres
                     peer.send(stream, framed(request.SerializeToString()), end=True, seconds=0.5)
         channel = stack.enter_context(grpc.insecure_channel(limited.address))
         served(channel)
-        assert resident_bytes(limited) - before < WHOLE_MEMORY
+        assert resident_bytes(limited.process.pid) - before < WHOLE_MEMORY
     assert "Traceback" not in limited.log

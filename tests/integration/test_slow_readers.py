@@ -50,11 +50,11 @@ def test_stalled_stream_uses_bounded_memory(
     server: ServerProcess, channel: grpc.Channel, stub: Stub
 ) -> None:
     list(stub.Trace(SHORT))
-    before = resident_bytes(server)
+    before = resident_bytes(server.process.pid)
     call = started(channel, "Trace", long_trace(40))
     next(call)
     list(stub.Trace(SHORT))  # the long one is suspended now
-    assert resident_bytes(server) - before < MEMORY_OF_A_STALLED_STREAM
+    assert resident_bytes(server.process.pid) - before < MEMORY_OF_A_STALLED_STREAM
     call.cancel()
     wait_until_idle(server)
 

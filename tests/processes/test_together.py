@@ -25,6 +25,7 @@ from tests.integration.test_metrics import documented
 from tests.integration.test_starting import ended
 from tests.support.calls import REQUEST_ID, long_trace, prompt, refusal, started, timeless
 from tests.support.members import PROC, members, served_by, wait_until_gone
+from tests.support.memory import resident_bytes
 from tests.support.metrics import page, rpc_labels, sample
 from tests.support.model_folders import in_float32
 from tests.support.server import ServerProcess, running_server
@@ -129,10 +130,6 @@ def test_gauges_cover_both_processes(pair: Pair) -> None:
     )
     assert allocated == pytest.approx(sum(resident), rel=0.05)
     assert max(resident) < total < machine_bytes() + 1
-
-
-def resident_bytes(process: int) -> int:
-    return status_kb(PROC / str(process) / "status", "VmRSS") * 1024
 
 
 def machine_bytes() -> int:

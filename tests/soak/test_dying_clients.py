@@ -38,11 +38,11 @@ def test_two_hundred_killed_clients_leave_a_healthy_idle_server(soaked: ServerPr
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(die, half))
             wait_until_idle(soaked, seconds=30)
-            held.append(resident_bytes(soaked))
+            held.append(resident_bytes(soaked.process.pid))
             print(f"{len(half)} killed: {held[-1] / 2**20:.1f} MiB")
         assert [timeless(message) for message in stub.Trace(SHORT)] == before
     assert held[1] - held[0] <= MAY_GROW
-    assert open_files(soaked) < 100
+    assert open_files(soaked.process.pid) < 100
     for gauge in ("januslens_queue_depth", "januslens_in_flight"):
         assert sample(soaked, gauge) == 0
     assert "Traceback" not in soaked.log

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.server import ServerProcess
-
 PAGE = 4096
 
 
-def resident_bytes(server: ServerProcess) -> int:
+def resident_bytes(process: int) -> int:
     """Return the resident memory of a process, including shared libraries."""
-    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
     return int(pages) * PAGE
 
 
-def open_files(server: ServerProcess) -> int:
+def open_files(process: int) -> int:
     """Return the number of open descriptors: sockets, files, pipes."""
-    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+    return len(list(Path(f"/proc/{process}/fd").iterdir()))
