@@ -248,6 +248,7 @@ NODE_NAMES = {
     NodeKind.PREDICTION: "prediction",
     NodeKind.OTHER: "all the rest",
     NodeKind.MIXER_OUTPUT: "mixer's result",
+    NodeKind.MIXER_HEAD: "of the mixer",
 }
 
 

@@ -199,7 +199,8 @@ def test_nodes_are_the_plain_models_residual_stream(case: Case) -> None:
                 added = expected[graph.layer + 1] - expected[graph.layer]
                 close(vector, added[node.position])
         kinds = {node.kind for node in graph.nodes}
-        shown = {Level.STREAM: STREAM_KINDS, Level.SUBLAYERS: SUBLAYER_KINDS}
+        sublayers = SUBLAYER_KINDS | {NodeKind.MIXER_HEAD}
+        shown = {Level.STREAM: STREAM_KINDS, Level.SUBLAYERS: sublayers}
         if graph.layer in levels:
             assert kinds <= shown[levels[graph.layer]]
     for target in header.targets:

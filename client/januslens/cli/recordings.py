@@ -70,6 +70,7 @@ _PARTS = {
     NodeKind.HEAD_OUTPUT,
     NodeKind.ATTENTION_BIAS,
     NodeKind.MIXER_OUTPUT,
+    NodeKind.MIXER_HEAD,
     NodeKind.MLP_OUTPUT,
     NodeKind.MLP_VALUE,
     NodeKind.MLP_BIAS,

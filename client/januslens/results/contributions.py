@@ -136,6 +136,7 @@ _SUMS = {
 # OTHER is part of the rest. So are the rows of W_O, which divide the same sum as the heads.
 _LISTED = {
     NodeKind.HEAD_OUTPUT,
+    NodeKind.MIXER_HEAD,
     NodeKind.ATTENTION_BIAS,
     NodeKind.MEMORY_VALUE,
     NodeKind.MLP_VALUE,

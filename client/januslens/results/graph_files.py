@@ -179,6 +179,7 @@ _FEATURE_TYPES = {
     NodeKind.MIXER_OUTPUT: "mixer",
     NodeKind.MLP_OUTPUT: "mlp",
     NodeKind.HEAD_OUTPUT: "attention head",
+    NodeKind.MIXER_HEAD: "mixer head",
     NodeKind.MEMORY_VALUE: "attention source",
     NodeKind.MLP_VALUE: "mlp neuron",
     NodeKind.ATTENTION_BIAS: "bias",

@@ -63,6 +63,7 @@ class NodeKind(Kind):
     PREDICTION = "PREDICTION"
     OTHER = "OTHER"
     MIXER_OUTPUT = "MIXER_OUTPUT"
+    MIXER_HEAD = "MIXER_HEAD"
 
 
 class EdgeKind(Kind):

@@ -242,10 +242,16 @@ _COMPONENTS = {
     NodeKind.BLOCK_INPUT,
     NodeKind.HEAD_OUTPUT,
     NodeKind.ATTENTION_BIAS,
+    NodeKind.MIXER_HEAD,
     NodeKind.MLP_VALUE,
     NodeKind.MLP_BIAS,
 }
-_SUMS_OF_COMPONENTS = {NodeKind.ATTENTION_CONCAT, NodeKind.MLP_SUM, NodeKind.MLP_OUTPUT}
+_SUMS_OF_COMPONENTS = {
+    NodeKind.ATTENTION_CONCAT,
+    NodeKind.MIXER_OUTPUT,
+    NodeKind.MLP_SUM,
+    NodeKind.MLP_OUTPUT,
+}
 # The residual stream. Of a layer without parts, what is added to it are the components.
 _RESIDUALS = {NodeKind.BLOCK_INPUT, NodeKind.RESIDUAL_MID, NodeKind.BLOCK_OUTPUT}
 
@@ -417,12 +423,14 @@ class Trace(GraphView):
 
     def _components(self, position: int) -> Iterator[Part]:
         limited = {level.layer for level in self.header.limited_layers}
-        for edge in self.edge_list:
-            if edge.kind is not EdgeKind.PART:
-                continue
+        edges = [edge for edge in self.edge_list if edge.kind is EdgeKind.PART]
+        divided = {edge.target for edge in edges}
+        for edge in edges:
             source, target = self.node(edge.source), self.node(edge.target)
             rest = source.kind is NodeKind.OTHER and target.kind in _SUMS_OF_COMPONENTS
-            rest |= target.layer in limited and source.kind not in _RESIDUALS
+            if target.kind in _RESIDUALS and source.id not in divided:
+                sublayer = source.kind is NodeKind.MIXER_OUTPUT or target.layer in limited
+                rest |= sublayer and source.kind not in _RESIDUALS
             if source.position == position and (source.kind in _COMPONENTS or rest):
                 yield Part(source, edge)
 

@@ -138,6 +138,11 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     a state space or a convolution, also beside attention (Falcon-H1), and the result of Gemma 4's
     per-layer inputs.
     """
+    NODE_KIND_MIXER_HEAD: _NodeKind.ValueType  # 30
+    """Result of one head of linear attention or a state space, after the mixer's gate and norm,
+    multiplied by the head's rows of the output map and by the factor of what the mixer adds; in
+    layers of LEVEL_SUBLAYERS with such a mixer. A part of MIXER_OUTPUT, selected as heads are.
+    """
 
 class NodeKind(_NodeKind, metaclass=_NodeKindEnumTypeWrapper):
     """What the vector of a node is. Vectors are in the residual basis, [d_model]. h is a head, p the
@@ -221,6 +226,11 @@ NODE_KIND_MIXER_OUTPUT: NodeKind.ValueType  # 29
 """Vector that sublayers which are neither attention nor MLP add to the residual: linear attention,
 a state space or a convolution, also beside attention (Falcon-H1), and the result of Gemma 4's
 per-layer inputs.
+"""
+NODE_KIND_MIXER_HEAD: NodeKind.ValueType  # 30
+"""Result of one head of linear attention or a state space, after the mixer's gate and norm,
+multiplied by the head's rows of the output map and by the factor of what the mixer adds; in
+layers of LEVEL_SUBLAYERS with such a mixer. A part of MIXER_OUTPUT, selected as heads are.
 """
 Global___NodeKind: _TypeAlias = NodeKind  # noqa: Y015
 
@@ -728,7 +738,7 @@ class TraceHeader(_message.Message):
         """The requested layers that are below LEVEL_PARTS. Of a layer of LEVEL_STREAM, the nodes are
         BLOCK_INPUT or BLOCK_OUTPUT, and OTHER for everything that the block adds. A layer of
         LEVEL_SUBLAYERS has, instead of OTHER, those of ATTENTION_OUTPUT, MIXER_OUTPUT, RESIDUAL_MID
-        and MLP_OUTPUT that its sublayers have.
+        and MLP_OUTPUT that its sublayers have, and MIXER_HEAD if the heads of its mixer are known.
         """
 
     def __init__(

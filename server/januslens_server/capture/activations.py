@@ -89,8 +89,9 @@ class StreamActivations:
     """The residual stream `[pos, d_model]` before and after one block.
 
     `before_mid` and `after_mid` are what its sublayers add, by field name of `LayerActivations`,
-    before and after `residual_mid`; without one, all are in `after_mid`. The block's output is
-    `multiplier` times their sum with the residual. `kept`, `gradients` and
+    before and after `residual_mid`; without one, all are in `after_mid`. `mixer_heads` `[pos,
+    n_heads * d_head]` are the results of a mixer's heads, which its output map reads. The block's
+    output is `multiplier` times the sum of what is added with the residual. `kept`, `gradients` and
     `replaced` are as in `LayerActivations`.
     """
 
@@ -99,6 +100,7 @@ class StreamActivations:
     before_mid: Mapping[str, torch.Tensor] = field(default_factory=dict)
     after_mid: Mapping[str, torch.Tensor] = field(default_factory=dict)
     residual_mid: torch.Tensor | None = None
+    mixer_heads: torch.Tensor | None = None
     multiplier: float = 1.0
     kept: Mapping[int, int] | None = None
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Attention at one query position: its heads, and their nodes and edges."""
+"""The heads of attention and of other mixers at one position, and their nodes and edges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from januslens_server.graph.weighted_rows import (
     largest,
     left_out,
 )
-from januslens_server.graph.weights import AttentionWeights, WeightedRows, attention_row
+from januslens_server.graph.weights import (
+    AttentionWeights,
+    MixerWeights,
+    WeightedRows,
+    attention_row,
+)
 from januslens_server.results import EdgeKind, Members, NodeKind, NodeRun
 from januslens_server.specs import Selection
 from januslens_server.transfer import to_device
@@ -298,6 +303,34 @@ def _listed(listed: Mapping[int, list[int]], heads: _Heads, row: HeadRow) -> _So
     return _Sources(places, to_device(index, device).reshape(shape), to_device(real, device))
 
 
+# Kinds of the nodes inside a mixer with heads.
+IN_MIXER = (NodeKind.MIXER_HEAD, NodeKind.OTHER)
+
+
+def add_mixer(
+    flow: FlowBuilder,
+    results: torch.Tensor,
+    weights: MixerWeights,
+    selection: Selection,
+    result: Result,
+    *,
+    replaced: bool,
+) -> str:
+    """Add a mixer's result at one position and the heads that it sums; return the result's id.
+
+    `results` `[n_heads * d_head]` are those of the heads, which are selected as those of attention.
+    `replaced` is as in `_add_parts`.
+    """
+    by_head = results.float().unflatten(0, (len(weights.output), -1))
+    outputs = torch.einsum("he,hed->hd", by_head, weights.output)
+    effect = flow.effect(selection.by)
+    heads = _chosen(by_head.norm(dim=-1) if effect is None else outputs @ effect, selection.heads)
+    ids = flow.nodes([_heads(flow, NodeKind.MIXER_HEAD, heads)], outputs[heads.pick])
+    total = flow.node(result.kind, result.vector)
+    _add_parts(flow, ids, outputs, heads, total, result, weights.bias, replaced=replaced)
+    return total
+
+
 def _heads(flow: FlowBuilder, kind: NodeKind, heads: _Heads) -> NodeRun:
     return NodeRun(kind, flow.position, flow.layer, heads=heads.numbers)
 
@@ -416,17 +449,48 @@ def _add_concat(
     flow: FlowBuilder, head_outputs: list[str], outputs: torch.Tensor, heads: _Heads
 ) -> str:
     """Add the sum of all heads, which is not projected; return its id."""
-    total = outputs.sum(0)
-    concat = flow.node(NodeKind.ATTENTION_CONCAT, total, projected=False)
-    parts, ids = outputs[heads.pick], head_outputs
-    if isinstance(heads.pick, torch.Tensor) and flow.shows(NodeKind.OTHER):
-        kept = left_out(len(outputs), heads.pick)[:, None]
-        rest = torch.where(kept, outputs, 0.0).sum(0, keepdim=True)
-        junction = NodeRun(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer)
-        members = Members.left_out([len(outputs)], len(outputs), heads.numbers)
-        parts, ids = torch.cat([parts, rest]), [*ids, *flow.others(junction, rest, [members])]
-    flow.parts(ids, concat, parts, total)
+    result = Result(NodeKind.ATTENTION_CONCAT, outputs.sum(0))
+    concat = flow.node(*result, projected=False)
+    _add_parts(flow, head_outputs, outputs, heads, concat, result)
     return concat
+
+
+def _add_parts(
+    flow: FlowBuilder,
+    ids: list[str],
+    outputs: torch.Tensor,
+    heads: _Heads,
+    total: str,
+    result: Result,
+    bias: torch.Tensor | None = None,
+    *,
+    replaced: bool = False,
+) -> None:
+    """Add the edges from heads to the sum with the id `total`, and OTHER.
+
+    `outputs` `[n_heads, d_model]` are those of all heads, `ids` the nodes of the selected ones.
+    OTHER are the heads left out and the bias, or the rest if an intervention `replaced` the sum.
+    """
+    parts = outputs[heads.pick]
+    if flow.shows(NodeKind.OTHER):
+        rest = result.vector - parts.sum(0) if replaced else _left_out(outputs, heads, bias)
+        if rest is not None:
+            junction = NodeRun(result.kind, flow.position, flow.layer)
+            listed = Members.left_out([len(outputs)], len(outputs), heads.numbers)
+            ids = ids + flow.others(junction, rest[None], None if replaced else [listed])
+            parts = torch.cat([parts, rest[None]])
+    flow.parts(ids, total, parts, result.vector)
+
+
+def _left_out(
+    outputs: torch.Tensor, heads: _Heads, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the sum `[d_model]` of the heads that are not selected and the bias, if any."""
+    if isinstance(heads.pick, slice):
+        return bias
+    kept = left_out(len(outputs), heads.pick)[:, None]
+    rest = torch.where(kept, outputs, 0.0).sum(0)
+    return rest if bias is None else rest + bias
 
 
 def _add_result(

@@ -11,11 +11,11 @@ from typing import NamedTuple, Protocol
 import torch
 
 from januslens_server.capture import LayerActivations, StreamActivations
-from januslens_server.graph.attention import IN_ATTENTION, add_attention
+from januslens_server.graph.attention import IN_ATTENTION, add_attention, add_mixer
 from januslens_server.graph.flow import Flow, FlowBuilder
 from januslens_server.graph.mlp import IN_MLP, add_mlp
 from januslens_server.graph.weighted_rows import Result
-from januslens_server.graph.weights import BlockWeights, Finish
+from januslens_server.graph.weights import BlockWeights, Finish, MixerWeights
 from januslens_server.results import EdgeKind, ModelFacts, NodeKind, NodeRun
 from januslens_server.specs import Selection
 from januslens_server.transfer import to_device
@@ -139,11 +139,18 @@ def block_flow(
     return outside.build()
 
 
-def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -> Flow:
+def stream_flow(
+    flow: FlowBuilder,
+    acts: StreamActivations,
+    mixer: MixerWeights | None,
+    selection: Selection,
+    below: int | None,
+) -> Flow:
     """Build the flow graph of a block without known parts: residual stream and sublayers.
 
     Without sublayers, OTHER is all that the block adds to the residual stream, and what an
-    intervention adds to its output. `below` is as in `block_flow`.
+    intervention adds to its output. `mixer` is the output map of a mixer whose heads are shown.
+    `below` is as in `block_flow`.
     """
     rows = _rows(acts, flow)
     gradients = {name: found[rows] for name, found in acts.gradients.items()}
@@ -154,9 +161,18 @@ def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -
 
     def terms(added: Mapping[str, torch.Tensor]) -> Terms:
         vectors = {NodeKind[name.upper()]: found[rows] for name, found in added.items()}
+        return [(states(kind, vector), vector) for kind, vector in vectors.items()]
+
+    def states(kind: NodeKind, vectors: torch.Tensor) -> list[str]:
+        inside = flow.toward(gradients.get(kind.name.lower()))
+        if kind is not NodeKind.MIXER_OUTPUT or mixer is None or acts.mixer_heads is None:
+            return inside.states(kind, vectors)
+        replaced = kind.name in acts.replaced
         return [
-            (flow.toward(gradients.get(kind.name.lower())).states(kind, vector), vector)
-            for kind, vector in vectors.items()
+            add_mixer(
+                inside.at(i), results, mixer, selection, Result(kind, vector), replaced=replaced
+            )
+            for i, (results, vector) in enumerate(zip(acts.mixer_heads[rows], vectors, strict=True))
         ]
 
     if acts.residual_mid is not None:
@@ -359,10 +375,16 @@ SUBLAYER_KINDS = STREAM_KINDS | {
     NodeKind.RESIDUAL_MID,
     NodeKind.MLP_OUTPUT,
 }
-# Maximum number of nodes of each kind at one position of a block without known parts.
+# Maximum number of nodes of each kind at one position of a block without known parts, apart from
+# the heads of a mixer.
 COARSE_NODES = dict.fromkeys(SUBLAYER_KINDS - {NodeKind.FINAL_NORM, NodeKind.PREDICTION}, 1) | {
     NodeKind.OTHER: 2
 }
+
+
+def mixer_nodes(selection: Selection, heads: int) -> Mapping[NodeKind, int]:
+    """Return the maximum number of nodes at one position for the `heads` of a mixer."""
+    return {NodeKind.MIXER_HEAD: _picked(selection.heads, heads), NodeKind.OTHER: 1}
 
 
 def _most_in_a_layer(layers: Iterable[int]) -> int:

@@ -364,6 +364,18 @@ class MlpWeights(Protocol):
 
 
 @dataclass(frozen=True)
+class MixerWeights:
+    """The output map of a mixer with heads, in float32.
+
+    `output` is `[n_heads, d_head, d_model]`, `bias` `[d_model]` or None; both are multiplied by the
+    factor of what the mixer adds to the residual.
+    """
+
+    output: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class BlockWeights:
     """The weights of one block, and whether a norm precedes attention and MLP.
 

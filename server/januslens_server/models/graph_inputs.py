@@ -18,7 +18,7 @@ from januslens_server.capture import (
 )
 from januslens_server.capture.hooks import rows
 from januslens_server.graph.mlp import DenseMlp
-from januslens_server.graph.weights import AttentionWeights, BlockWeights, Finish
+from januslens_server.graph.weights import AttentionWeights, BlockWeights, Finish, MixerWeights
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Attention, Block, CoarseBlock, Mlp
 from januslens_server.transfer import DeviceIndex
@@ -62,6 +62,19 @@ def _attention_weights(attention: Attention) -> AttentionWeights:
     )
 
 
+def mixer_weights(block: CoarseBlock) -> MixerWeights | None:
+    """The output map of a block's mixer with heads; None without one."""
+    mixer = block.mixer
+    if mixer is None or mixer.heads is None:
+        return None
+    found, bias = mixer.heads.output, mixer.heads.output.bias
+    weight = found.weight.float().unflatten(0, (mixer.heads.count, -1))
+    return MixerWeights(
+        output=weight if mixer.multiplier == 1.0 else weight * mixer.multiplier,
+        bias=None if bias is None else bias.float() * mixer.multiplier,
+    )
+
+
 def _dense(mlp: Mlp) -> DenseMlp:
     return DenseMlp(
         ff1=mlp.ff1.weight.float(),
@@ -83,7 +96,9 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
     added = {f"sublayer_{i}": each.output for i, each in enumerate(others)}
     if isinstance(block, CoarseBlock):
         mid = {} if block.residual_mid is None else {"residual_mid": block.residual_mid}
-        return stream | added | mid
+        heads = None if block.mixer is None else block.mixer.heads
+        results = {} if heads is None else {"mixer_heads": heads.output.input}
+        return stream | added | mid | results
     taps = stream | added
     if block.residual_mid is not None:
         taps["residual_mid"] = block.residual_mid
@@ -209,6 +224,7 @@ def stream_activations(
         before_mid=added[False],
         after_mid=added[True],
         residual_mid=mid,
+        mixer_heads=named.get("mixer_heads"),
         multiplier=block.multiplier if isinstance(block, CoarseBlock) else 1.0,
         kept=None if positions is None else {p: row for row, p in enumerate(positions)},
         gradients={name: found.to(device) for name, found in (gradients or {}).items()},

@@ -248,12 +248,25 @@ class Block:
 
 
 @dataclass(frozen=True)
+class MixerHeads:
+    """The heads of linear attention or a state space, whose results its output map reads.
+
+    `output` is the map. Its input, after the mixer's gate and norm, has the results of `count`
+    heads side by side.
+    """
+
+    output: Linear
+    count: int
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """A sublayer of a block without known parts; `name` is that of its module in the block.
 
     It adds `multiplier` times the tensor of `output` `[batch, pos, d_model]` to the residual
     stream. `after_mid` says whether it reads `CoarseBlock.residual_mid`. `maps` are linear maps of
-    a sublayer that is no module of its own.
+    a sublayer that is no module of its own. `heads` are None if the tensor of `output` is not the
+    result of a map that reads heads.
     """
 
     name: str
@@ -262,6 +275,7 @@ class Sublayer:
     multiplier: float = 1.0
     after_mid: bool = False
     maps: tuple[Linear, ...] = ()
+    heads: MixerHeads | None = None
 
     @property
     def node(self) -> NodeKind:
@@ -293,6 +307,12 @@ class CoarseBlock:
     def adding(self, kind: NodeKind) -> list[Sublayer]:
         """Return the sublayers that a kind of node shows together."""
         return [sublayer for sublayer in self.sublayers if sublayer.node is kind]
+
+    @property
+    def mixer(self) -> Sublayer | None:
+        """The sublayer that MIXER_OUTPUT shows, if it is the only one and its heads are known."""
+        mixers = self.adding(NodeKind.MIXER_OUTPUT)
+        return mixers[0] if len(mixers) == 1 and mixers[0].heads is not None else None
 
     @property
     def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
@@ -360,6 +380,12 @@ class ModelView:
         """Return a matrix by its kind or by the name of its module, or those of all experts."""
         block = self.blocks[layer]
         return block.maps[kind].linear if isinstance(kind, str) else block.matrices[kind]
+
+    def mixer_heads(self, layer: int) -> MixerHeads | None:
+        """Return the heads that MIXER_HEAD shows of a layer, None if there are none."""
+        block = self.blocks[layer]
+        mixer = block.mixer if isinstance(block, CoarseBlock) else None
+        return None if mixer is None else mixer.heads
 
     def level(self, layer: int) -> LayerLevel:
         """Return the level of a layer, and why it is not PARTS."""

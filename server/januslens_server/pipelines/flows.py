@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from januslens_server.errors import CancelCheck
+from januslens_server.graph.attention import IN_MIXER
 from januslens_server.graph.block_flow import (
     block_flow,
     block_nodes,
@@ -17,7 +18,7 @@ from januslens_server.graph.block_flow import (
     stream_flow,
 )
 from januslens_server.graph.flow import Flow, FlowBuilder
-from januslens_server.models.graph_inputs import block_weights
+from januslens_server.models.graph_inputs import block_weights, mixer_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
 from januslens_server.models.views import CoarseBlock
@@ -161,11 +162,14 @@ class LayerFlows:
             self._spec.keeps_vectors,
             self._spec.attributes,
         )
-        block = blocks[layer]
+        block, selection = blocks[layer], self._spec.selection
         if isinstance(block, CoarseBlock):
-            return stream_flow(flow, stream, below)
+            # The heads that a request names are those of attention.
+            divided = flow.shows(*IN_MIXER) and not selection.named_heads
+            mixer = mixer_weights(block) if divided else None
+            return stream_flow(flow, stream, mixer, selection, below)
         weights, acts = block_weights(block), self._passed.layer(layer)
-        return block_flow(flow, acts, weights, self._spec.selection, below)
+        return block_flow(flow, acts, weights, selection, below)
 
     @torch.inference_mode()
     def _final(self, targets: Sequence[PositionTarget]) -> Flow:

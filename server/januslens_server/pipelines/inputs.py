@@ -31,7 +31,7 @@ from januslens_server.models.sites import (
     sites_of_layer,
 )
 from januslens_server.models.tokenizer import TokenizerFailed, TooManyTokens
-from januslens_server.results import Level, MatrixKind, NodeKind, Token
+from januslens_server.results import LayerLevel, Level, MatrixKind, NodeKind, Token
 from januslens_server.specs import (
     Chat,
     GradientLensSpec,
@@ -555,7 +555,7 @@ def check_node_kinds(
     lacking = [
         (found.layer, kind, shown)
         for found in model.view.limited(layers)
-        for shown in [SUBLAYER_KINDS if found.level is Level.SUBLAYERS else STREAM_KINDS]
+        for shown in [_shown_kinds(model, found)]
         for kind in sorted(frozenset(kinds) - shown)
     ]
     if lacking and (named or len({layer for layer, *_ in lacking}) == len(layers)):
@@ -565,6 +565,14 @@ def check_node_kinds(
             "node_kinds",
             f"{kind.name} is unknown: {_limits(model, [layer])}; expected {names}",
         )
+
+
+def _shown_kinds(model: ResidentModel, found: LayerLevel) -> frozenset[NodeKind]:
+    """Return the kinds of nodes that a layer below `Level.PARTS` shows."""
+    if found.level is not Level.SUBLAYERS:
+        return STREAM_KINDS
+    heads = {NodeKind.MIXER_HEAD} if model.view.mixer_heads(found.layer) else set()
+    return SUBLAYER_KINDS | heads
 
 
 # Maximum number of suppressed tokens, because every component reports the rank of each.

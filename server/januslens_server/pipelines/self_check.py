@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from januslens_server.capture import LayerActivations, capturing
+from januslens_server.capture import LayerActivations, StreamActivations, capturing
 from januslens_server.errors import ModelFailed, NotFinite, never_cancelled
 from januslens_server.models.adapters.observed_modules import with_modules
 from januslens_server.models.graph_inputs import (
     block_weights,
     layer_activations,
     layer_taps,
+    mixer_weights,
     stream_activations,
 )
 from januslens_server.models.matrices import loaded_weights
@@ -144,7 +145,7 @@ def _error(block: Block | CoarseBlock, args: Any, named: Any, *, length: int) ->
             errors = [_residual_error(stream.block_input, before + after, output)]
             if stream.residual_mid is not None:
                 errors += [_residual_error(stream.block_input, before, stream.residual_mid)]
-            return max(errors)
+            return max(*errors, _mixer_error(block, stream))
         acts = layer_activations(block, captured, length)
         added = [] if block.attention is None else [acts.attention_output]
         added += [] if block.mlp is None else [acts.mlp_output]
@@ -162,6 +163,18 @@ def _residual_error(
     gap = after - before - torch.stack(list(added)).sum(0)
     beyond_rounding = (gap.norm(dim=-1) - ROUNDING * stream).clamp(min=0)
     return float((beyond_rounding / sizes.clamp(min=1e-30)).max())
+
+
+def _mixer_error(block: CoarseBlock, stream: StreamActivations) -> float:
+    """Return the largest relative error of the sum of a mixer's heads at any position."""
+    weights, results = mixer_weights(block), stream.mixer_heads
+    if weights is None or results is None:
+        return 0.0
+    heads = results @ weights.output.flatten(0, 1)
+    if weights.bias is not None:
+        heads = heads + weights.bias
+    added = {**stream.before_mid, **stream.after_mid}["mixer_output"]
+    return float(((heads - added).norm(dim=-1) / added.norm(dim=-1).clamp(min=1e-30)).max())
 
 
 def _sums_error(block: Block, acts: LayerActivations, length: int) -> float:

@@ -47,6 +47,7 @@ class NodeKind(IntEnum):
     PREDICTION = 27
     OTHER = 28
     MIXER_OUTPUT = 29
+    MIXER_HEAD = 30
 
 
 class EdgeKind(IntEnum):

@@ -137,7 +137,14 @@ const SUMS: Record<string, string[]> = {
   ATTENTION_OUTPUT: ['ATTENTION_SUM', 'ATTENTION_CONCAT'],
   MLP_OUTPUT: ['MLP_SUM'],
 }
-const LISTED = new Set(['HEAD_OUTPUT', 'ATTENTION_BIAS', 'MEMORY_VALUE', 'MLP_VALUE', 'MLP_BIAS'])
+const LISTED = new Set([
+  'HEAD_OUTPUT',
+  'MIXER_HEAD',
+  'ATTENTION_BIAS',
+  'MEMORY_VALUE',
+  'MLP_VALUE',
+  'MLP_BIAS',
+])
 
 /**
  * The parts that add up to the logit of a position's target, as `trace.why()` returns them. The

@@ -117,6 +117,7 @@ export const NODE_NAMES: Record<string, string> = {
   PREDICTION: 'prediction',
   OTHER: 'all the rest',
   MIXER_OUTPUT: 'mixer’s result',
+  MIXER_HEAD: 'of the mixer',
 }
 
 /** `L2 head 3 value of ␣Japan (3)`, without the node's own position. */

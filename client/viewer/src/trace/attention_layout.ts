@@ -54,21 +54,25 @@ export function placeAttention(
   const block = model.attention
   const columns = columnsIn(at)
   const { shown, hidden, kept } = passing(block.rows, filter)
-  const text = summary(block, block.rows.length, graph.sizes.nHeads, 'heads')
+  const ofMixer = block.sum?.kind === 'MIXER_OUTPUT' // the number of its heads is not in `sizes`
+  const all = ofMixer ? undefined : graph.sizes.nHeads
+  const text = summary(block, block.rows.length, all, 'heads')
   heading(
     detail,
     at,
     block.output?.kind === 'MIXER_OUTPUT' ? 'Mixer' : 'Attention',
     block,
     [...text, ...shownShare(kept)],
-    [
-      [columns.query, 'query'],
-      [columns.source, 'source'],
-      [columns.key, 'key'],
-      [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
-      [columns.value, 'value'],
-      [columns.output, 'head output'],
-    ],
+    ofMixer
+      ? [[columns.output, 'head output']]
+      : [
+          [columns.query, 'query'],
+          [columns.source, 'source'],
+          [columns.key, 'key'],
+          [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
+          [columns.value, 'value'],
+          [columns.output, 'head output'],
+        ],
   )
   const extra = extraHeight(block, shown, filter, at.bar)
   const rows: Stacked[] = []
@@ -85,7 +89,7 @@ export function placeAttention(
     y += height + below + GAP
   }
   const ends = { x: columns.output, width: columns.chip, share: columns.share }
-  const rest = restLabel(graph.sizes.nHeads, block.rows.length)
+  const rest = restLabel(all, block.rows.length)
   y = placeRemainder(detail, rows, block, filter, ends, y, rest)
   return placeSum(
     detail,

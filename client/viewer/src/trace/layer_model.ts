@@ -95,18 +95,20 @@ function shareIn(
 function attentionBlock(graph: FlowGraph, layer: number, position: number): Block<HeadRow> {
   const at = (kind: string) => graph.at(layer, position, kind)
   const concat = at('ATTENTION_CONCAT')
-  const parts = concat ? graph.partsOf(concat.id) : []
+  const mixer = at('MIXER_OUTPUT')
+  const parts = [concat ?? mixer].flatMap((sum) => (sum ? graph.partsOf(sum.id) : []))
+  const kind = concat ? 'HEAD_OUTPUT' : 'MIXER_HEAD'
   const result = at('ATTENTION_SUM') ?? at('ATTENTION_OUTPUT')
   const written = result ? graph.partsOf(result.id) : []
   const bias = written.find((p) => p.node.kind === 'ATTENTION_BIAS')
   const neurons = written.filter((p) => p.node.kind === 'ATTENTION_NEURON')
   return {
     input: at('ATTENTION_INPUT'),
-    rows: parts.filter((p) => p.node.kind === 'HEAD_OUTPUT').map((p) => headRow(graph, p, neurons)),
+    rows: parts.filter((p) => p.node.kind === kind).map((p) => headRow(graph, p, neurons)),
     rest: rowOf(parts.find((p) => p.node.kind === 'OTHER')),
     bias: rowOf(bias),
-    sum: concat,
-    ...outputOf(graph, at('ATTENTION_OUTPUT') ?? at('MIXER_OUTPUT')),
+    sum: concat ?? (parts.length > 0 ? mixer : undefined),
+    ...outputOf(graph, at('ATTENTION_OUTPUT') ?? mixer),
   }
 }
 

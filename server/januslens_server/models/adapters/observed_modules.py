@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from januslens_server.capture import End, Tap
-from januslens_server.capture.hooks import nth_tensor
+from januslens_server.capture.hooks import nth_tensor, rows
 from januslens_server.models.adapters.observed_pass import (
     difference,
     is_norm,
@@ -31,7 +31,7 @@ from januslens_server.models.adapters.observed_pass import (
 )
 from januslens_server.models.matrices import Linear, ModuleMap
 from januslens_server.models.vetting import check_facts
-from januslens_server.models.views import Block, CoarseBlock, ModelView, Sublayer
+from januslens_server.models.views import Block, CoarseBlock, MixerHeads, ModelView, Sublayer
 from januslens_server.results import Side, SublayerKind
 
 # Maximum difference between a solved factor and one of the configuration, relative to it; and
@@ -63,6 +63,10 @@ MIXERS = (
     ("conv", SublayerKind.CONVOLUTION),
     ("attention", SublayerKind.ATTENTION),
 )
+
+# Attributes of a mixer for the number of its heads, and for the width of a head's result.
+HEAD_COUNTS = ("num_v_heads", "num_heads", "num_attention_heads")
+HEAD_WIDTHS = ("head_v_dim", "head_dim")
 
 
 @dataclass
@@ -241,6 +245,7 @@ def _sublayers(
             kind=_kind(_source(call, calls)),
             output=Tap(call.module, End.OUTPUT, overwritten=call.overwritten),
             multiplier=factor,
+            heads=_heads(call, calls),
         )
         for call, factor in terms
     ]
@@ -249,6 +254,33 @@ def _sublayers(
     before_mid, residual_mid = _residual_mid(calls, block, terms, split)
     late = (replace(each, after_mid=i >= before_mid) for i, each in enumerate(sublayers))
     return tuple(late), residual_mid
+
+
+def _heads(mixer: _Call, calls: Sequence[_Call]) -> MixerHeads | None:
+    """Map the heads of linear attention or a state space.
+
+    The mixer's attributes have their number and width. It must return what its output map gives.
+    """
+    module: Any = _mixer(mixer.module)
+    if kind_of_mixer(module) not in UNKNOWN_MIXERS:
+        return None
+    inside = set(module.modules())
+    count, width = (
+        next((getattr(module, name) for name in names if hasattr(module, name)), 0)
+        for names in (HEAD_COUNTS, HEAD_WIDTHS)
+    )
+    for call in reversed(calls):
+        if call.module not in inside or not isinstance(call.module, nn.Linear | Conv1D):
+            continue
+        output = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
+        if not count or output.d_in != count * width or not _equal(call.output, mixer.output):
+            continue
+        summed = rows(call.input).float() @ output.weight.float()
+        if output.bias is not None:
+            summed = summed + output.bias.float()
+        if difference(summed, rows(call.output)) <= SUM[call.output.dtype]:
+            return MixerHeads(output, count)
+    return None
 
 
 def _linear_maps(

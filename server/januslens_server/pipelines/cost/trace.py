@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from januslens_server.graph.block_flow import COARSE_NODES, block_nodes
+from januslens_server.graph.block_flow import COARSE_NODES, block_nodes, mixer_nodes
 from januslens_server.graph.flow import STATES as STATES_WITH_GRADIENT
 from januslens_server.models.resident import CostSizes, cost_sizes
+from januslens_server.models.views import MixerHeads
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
     BACKWARD,
@@ -46,6 +47,7 @@ OF_ATTENTION = frozenset(
         NodeKind.ATTENTION_CONCAT,
         NodeKind.ATTENTION_NEURON,
         NodeKind.ATTENTION_BIAS,
+        NodeKind.MIXER_HEAD,
         NodeKind.OTHER,
     }
 )
@@ -81,7 +83,10 @@ def trace_demand(request: ResolvedTrace) -> Demand:
     view = request.model.view
     coarse = len(view.limited(layers))
     beside = sum(layer in layers and bool(block.beside) for layer, block in view.known.items())
-    built, shown, junctions = _nodes(sizes, spec, layers, positions, coarse, beside)
+    heads = (view.mixer_heads(layer) for layer in layers)
+    named = bool(spec.selection.named_heads)  # these are heads of attention
+    mixers = [] if named else [found for found in heads if found is not None]
+    built, shown, junctions = _nodes(sizes, spec, layers, positions, coarse, beside, mixers)
     blocks = len(layers) * len(positions)
     most = positions_at_once(spec, sizes.facts, tokens)
     pieces = math.ceil(len(positions) / most) * len(layers) + 1
@@ -111,7 +116,8 @@ def trace_demand(request: ResolvedTrace) -> Demand:
         passes=passes,
         flops=passes * pass_flops(sizes, tokens, scored)
         + lens_flops(sizes, vectors)
-        + _graph_flops(sizes, spec, built, blocks, tokens),
+        + _graph_flops(sizes, spec, built, blocks, tokens)
+        + _mixer_flops(sizes, spec, mixers, len(positions)),
         flows=flows,
         nodes=built,
         read=read,
@@ -120,7 +126,15 @@ def trace_demand(request: ResolvedTrace) -> Demand:
         ranks=vectors,
         memory=held
         + max(
-            _working(sizes, spec, tokens, len(positions), built_at_once, sent_at_once + collected),
+            _working(
+                sizes,
+                spec,
+                tokens,
+                len(positions),
+                built_at_once,
+                sent_at_once + collected,
+                max((mixer.count for mixer in mixers), default=0),
+            ),
             _backward(sizes, spec, tokens, layers, scored),
         ),
         stream=_stream(sizes, spec, tokens, shown, len(positions))
@@ -136,11 +150,12 @@ def _nodes(
     positions: Sequence[int],
     coarse: int,
     beside: int,
+    mixers: Sequence[MixerHeads],
 ) -> tuple[int, int, int]:
     """Return how many nodes are built, how many are sent, and how many of those not projected.
 
     `coarse` is the number of layers without known parts, `beside` that of layers which have known
-    parts and MIXER_OUTPUT.
+    parts and MIXER_OUTPUT. `mixers` are the mixers whose heads MIXER_HEAD shows.
     """
     kinds: Counter[NodeKind] = Counter()
     for position in positions:
@@ -151,6 +166,9 @@ def _nodes(
     for kind, count in COARSE_NODES.items():
         counts[kind] += count * len(positions) * coarse
     counts[NodeKind.MIXER_OUTPUT] += len(positions) * beside
+    for mixer in mixers:
+        for kind, count in mixer_nodes(spec.selection, mixer.count).items():
+            counts[kind] += count * len(positions)
     counts[NodeKind.FINAL_NORM] = counts[NodeKind.PREDICTION] = len(positions)
     shown = {k: count for k, count in counts.items() if not spec.node_kinds or k in spec.node_kinds}
     built = counts if spec.include_checks else shown
@@ -191,6 +209,15 @@ def _graph_flops(sizes: CostSizes, spec: TraceSpec, nodes: int, blocks: int, tok
     return blocks * each + 2.0 * nodes * facts.d_model * facts.d_head
 
 
+def _mixer_flops(
+    sizes: CostSizes, spec: TraceSpec, mixers: Sequence[MixerHeads], positions: int
+) -> float:
+    """Return the operations of the output maps of all heads."""
+    if not _builds(spec, OF_ATTENTION):
+        return 0.0
+    return 2.0 * positions * sizes.facts.d_model * sum(mixer.output.d_in for mixer in mixers)
+
+
 def _builds(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
     return spec.include_checks or _shows(spec, kinds)
 
@@ -200,15 +227,25 @@ def _shows(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
 
 
 def _working(
-    sizes: CostSizes, spec: TraceSpec, tokens: int, positions: int, built: int, shown: int
+    sizes: CostSizes,
+    spec: TraceSpec,
+    tokens: int,
+    positions: int,
+    built: int,
+    shown: int,
+    mixer_heads: int,
 ) -> int:
-    """Return the bytes of the pass or of one piece of the graph, without those of `_held`."""
+    """Return the bytes of the pass or of one piece of the graph, without those of `_held`.
+
+    `mixer_heads` is the largest number of heads of a mixer.
+    """
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
     scored = positions if spec.include_checks else 1
     heads = facts.n_heads * facts.d_head
     graph = memory.FLOAT32 * 4 * _formed(spec, built, positions) * facts.d_model
     if _builds(spec, OF_ATTENTION):  # the heads of one position, with their sources
         graph += memory.FLOAT32 * (6 * facts.d_model + 8 * tokens) * heads
+        graph += memory.FLOAT32 * 4 * facts.d_model * mixer_heads
     # The targets and the final norm are projected for all positions at once.
     vectors = max(shown if spec.include_projections else 0, 2 * positions)
     after = graph + memory.read(sizes, vectors, listed) + memory.float_copies(sizes)
