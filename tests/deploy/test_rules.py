@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -53,6 +54,25 @@ def test_the_rules_are_valid(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(spec(), width=1000))
     checked = promtool("check", "rules", "--lint=all", "--lint-fatal", tmp_path / "rules.yaml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_documented_configuration_is_valid_with_the_rules(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(rule_files:.*?)```", OPERATIONS.read_text(), re.DOTALL)
+    configuration = yaml.safe_load(block)
+    (rules,), (scraped,) = configuration["rule_files"], configuration["scrape_configs"]
+    # JSON, as one of the programs `yq` writes.
+    (tmp_path / rules).write_text(json.dumps(spec()))
+    (tmp_path / "prometheus.yml").write_text(block)
+    checked = promtool("check", "config", tmp_path / "prometheus.yml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"{rule_count()} rules found" in checked.stdout + checked.stderr
+    # The labels that the rules of the operator's installation get from its PodMonitor.
+    assert scraped["job_name"] == "januslens"
+    assert scraped["static_configs"][0]["labels"].keys() == {"namespace", "pod"}
+
+
+def rule_count() -> int:
+    return sum(len(group["rules"]) for group in spec()["groups"])
 
 
 def test_every_case_has_its_expected_alerts(tmp_path: Path) -> None:
