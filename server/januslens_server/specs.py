@@ -411,6 +411,10 @@ class LogitDifference:
     other: Target
 
 
+# Maximum number of suppressed tokens, because every component reports the rank of each.
+MAX_SUPPRESSED = 256
+
+
 @dataclass(frozen=True)
 class KlDivergence:
     """KL(q || p), where q is p without the suppressed tokens, renormalised and held fixed."""

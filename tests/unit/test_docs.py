@@ -16,9 +16,9 @@ from januslens.v1 import gradient_lens_pb2, lens_pb2, service_pb2, trace_pb2
 from januslens_server.config import read_settings
 from januslens_server.models.adapters import ADAPTERS
 from januslens_server.pipelines import checks, gradient_lens
-from januslens_server.pipelines.inputs import MAX_SUPPRESSED
 from januslens_server.rpc import decode
 from januslens_server.rpc.decode import BOUNDS
+from januslens_server.specs import MAX_SUPPRESSED
 
 ROOT = Path(__file__).parents[2]
 README, SEMANTICS, API = ROOT / "README.md", ROOT / "docs/semantics.md", ROOT / "docs/api.md"

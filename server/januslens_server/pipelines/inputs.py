@@ -33,6 +33,7 @@ from januslens_server.models.sites import (
 from januslens_server.models.tokenizer import TokenizerFailed, TooManyTokens
 from januslens_server.results import LayerLevel, Level, MatrixKind, NodeKind, Token
 from januslens_server.specs import (
+    MAX_SUPPRESSED,
     Chat,
     GradientLensSpec,
     HeadSource,
@@ -573,10 +574,6 @@ def _shown_kinds(model: ResidentModel, found: LayerLevel) -> frozenset[NodeKind]
         return STREAM_KINDS
     heads = {NodeKind.MIXER_HEAD} if model.view.mixer_heads(found.layer) else set()
     return SUBLAYER_KINDS | heads
-
-
-# Maximum number of suppressed tokens, because every component reports the rank of each.
-MAX_SUPPRESSED = 256
 
 
 @dataclass(frozen=True)

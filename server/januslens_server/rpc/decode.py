@@ -28,9 +28,9 @@ from januslens.v1 import (
     trace_pb2,
 )
 from januslens_server.errors import InvalidRequest
-from januslens_server.pipelines.inputs import MAX_SUPPRESSED
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.specs import (
+    MAX_SUPPRESSED,
     ActivationsSpec,
     Add,
     BlockSources,

@@ -160,6 +160,7 @@ def test_results_do_not_depend_on_the_chunk_size(
     check(table, case, 5, 5, targets)
 
 
+@torch.inference_mode()  # as for requests; buffers are shared with other tests of the process
 def test_figures_of_a_row_do_not_depend_on_other_rows() -> None:
     """The figures are summed over groups of columns, in the same order for any number of rows."""
     case = Case(20_011, rows=20)
