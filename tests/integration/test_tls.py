@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import januslens
 from januslens.v1 import models_pb2, service_pb2_grpc
 from januslens_server.config import read_settings
+from januslens_server.rpc.tls import CertificateFiles
 from januslens_server.serving.assembly import serve
 from tests.support.calls import SERVICE
 from tests.support.certificates import (
@@ -166,6 +172,64 @@ def test_certificates_rotate_under_load_without_a_failure(
     assert failures == []
     assert len(shown) == 9
     assert len(served) > 50
+
+
+class AlwaysChanged(CertificateFiles):
+    """Files that have changed at each handshake, and that take no time to read."""
+
+    def _stamp(self) -> list[tuple[int, int, int]]:
+        return [(time.monotonic_ns(), 0, 0)]
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        return self._configuration
+
+    @cached_property
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        return super()._read()
+
+
+def serve_always_changed(files: ServerFiles, connection: Connection) -> None:
+    async def served() -> None:
+        server = grpc.aio.server()
+        credentials = AlwaysChanged(files.certificate, files.key, None).credentials()
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+        await server.start()
+        connection.send(port)
+        await asyncio.to_thread(connection.recv)
+        await server.stop(None)
+
+    asyncio.run(served())
+
+
+def test_files_that_change_at_each_handshake_do_not_end_the_server(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """gRPC frees the state of the old files while other handshakes may use it."""
+    files, (ours, theirs) = server_files(authority, tmp_path), Pipe()
+    context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+    context.set_alpn_protocols(["h2"])
+    # A process of its own, because the fault is a crash.
+    server = get_context("spawn").Process(target=serve_always_changed, args=(files, theirs))
+    server.start()
+    port, until = ours.recv(), time.monotonic() + 3
+
+    def connect() -> int:
+        done = 0
+        while time.monotonic() < until:
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=20) as plain,
+                context.wrap_socket(plain, server_hostname="127.0.0.1") as encrypted,
+            ):
+                assert encrypted.selected_alpn_protocol() == "h2"
+                done += 1
+        return done
+
+    with ThreadPoolExecutor(8) as pool:
+        callers = [pool.submit(connect) for _ in range(8)]
+    ours.send(None)
+    server.join(20)
+    assert server.exitcode == 0
+    assert sum(caller.result() for caller in callers) > 8
 
 
 def test_a_certificate_without_its_key_leaves_the_last_pair_in_use(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from januslens_server import telemetry
 logger = logging.getLogger(__name__)
 
 Stamp = Sequence[tuple[int, int, int]]
+
+# Seconds before new files are used. gRPC frees the state of the old ones although a handshake that
+# has already asked for the current files may still read it, which ends the process
+# (https://github.com/grpc/grpc/issues/36693). Other handshakes wait meanwhile, so that those which
+# have asked before can finish reading.
+SETTLING_SECONDS = 0.1
 
 # The label of the server's certificate and key in metrics.
 _FILE = "certificate"
@@ -61,6 +68,7 @@ class CertificateFiles:
                 return None
             finally:
                 self._seen = stamp
+        time.sleep(SETTLING_SECONDS)
         logger.info("certificate reloaded from %s", self._certificate)
         return fresh
 
