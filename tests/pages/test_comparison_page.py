@@ -64,9 +64,26 @@ def test_rows_of_the_differences_add_up_to_both_logits(
 def test_exported_figure_names_both_prompts(opened: Page, tmp_path: Path) -> None:
     svg = exported(opened, "SVG", tmp_path / "two.svg", size="page").read_text(encoding="utf-8")
     texts = re.sub("[\u2066-\u2069]", "", " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg)))
-    for shown in (PROMPT, OTHER, "Before: where the logit", "After: where the logit"):
+    for shown in (f"Before: {PROMPT}", f"After: {OTHER}", "Before: where", "After: where"):
         assert shown in texts
     assert texts.count("model demo") == 1
+    assert "What differs: what each part adds to the logit of ␣Tokyo" in texts
+    assert svg.count('class="key bin-') == 7  # the legend of ranks
+
+
+def test_four_panels_fit_in_a_window_of_1024_pixels(opened: Page) -> None:
+    opened.set_viewport_size({"width": 1024, "height": 900})
+    wait_until(
+        opened,
+        """() => {
+      const boxes = ['.why-box', '.overview-box'].map((kind) =>
+        [...document.querySelectorAll(kind)].map((box) => box.getBoundingClientRect()))
+      return boxes.every(([left, right]) =>
+        left.top === right.top && left.right < right.left && right.right <= 1024)
+    }""",
+    )
+    boxes = [opened.locator(name).first.bounding_box() for name in ("h1", ".why-box")]
+    assert len({box["x"] for box in boxes if box}) == 1
 
 
 def test_both_figures_have_one_scale_and_one_selection(

@@ -528,6 +528,9 @@ def test_exported_figures_stand_alone(
     for shown in (PROMPT, "␣Tokyo", "model demo", "Where the logit of", "Residual stream by token"):
         assert shown in re.sub("[\u2066-\u2069]", "", texts)
     assert "Layer 3" not in texts  # the third panel was not chosen
+    panels = re.findall(r'<svg [^>]*class="picture[^>]*>', svg)
+    widths = [float(re.search(r' width="([\d.]+)"', panel)[1]) for panel in panels]  # type: ignore[index]  # all have one
+    assert min(widths) > 0.9 * max(widths)
     assert tab.locator("svg.overview").get_attribute("width") == before
     png = exported(tab, "PNG", tmp_path / "figure.png", size=size, panels=1).read_bytes()
     assert png.startswith(b"\x89PNG")

@@ -1,8 +1,10 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import type { ComponentMessage } from '../src/contract'
-import { rankLegend, scaleLegend, scaleOf } from '../src/gradient/maps'
+import { scaleLegend, scaleOf, segmentMap } from '../src/gradient/maps'
 import { GradientModel, promotionRank, shiftOf } from '../src/model/gradient'
+import { normPaint } from '../src/presentation/colours'
+import { rankLegend } from '../src/presentation/heatmap'
 
 /** A gradient of three positions with these |δ| in FF2 of one layer. */
 function gradient(norms: readonly number[]): GradientModel {
@@ -64,4 +66,19 @@ test('legends have as many lines as fit in the width of their picture', () => {
   ]
   assert.deepEqual(lines(480), [1, 1])
   assert.deepEqual(lines(370), [2, 2])
+})
+
+test('a segment has the colour of its mean norm on the scale of the positions', () => {
+  const model = gradient([202, 3, 24])
+  model.feed({
+    summary: {
+      segments: [
+        { kind: 'MATRIX_KIND_FF2', segment: 'PROMPT_SEGMENT_FIRST_TOKEN', meanVjpNorm: 202 },
+        { kind: 'MATRIX_KIND_FF2', segment: 'PROMPT_SEGMENT_LAST_TOKEN', meanVjpNorm: 24 },
+      ],
+    },
+  })
+  const map = segmentMap(model, 'FF2', scaleOf(model, 'FF2', ''))
+  const paints = map.columns.map(({ key }) => map.cell('0', key)?.paint)
+  assert.deepEqual(paints, [normPaint(24, 24), normPaint(24, 24)])
 })

@@ -42,6 +42,12 @@ test('of a long prompt the positions that are read have labels, wherever they ar
   assert.ok(last && last.x + last.width < 1100 - 214)
 })
 
+test('in a narrow picture half of the labelled columns are those that are read', () => {
+  const at = layout(10, layers, 9, 640, 214, [2, 6])
+  const labelled = at.columns.filter((column) => column.labelled).map((c) => c.position)
+  assert.deepEqual(labelled, [2, 6, 8, 9])
+})
+
 test('the selected column of a long prompt is wider than the other labelled ones', () => {
   const { columns } = layout(100, layers, 50, 1100, 214)
   const others = columns.filter((c) => c.labelled && c.position !== 50).map((c) => c.width)

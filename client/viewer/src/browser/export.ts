@@ -143,6 +143,8 @@ interface Figure {
 
 function figureOf(exported: Exported, panels: readonly Panel[], size: Size): Figure {
   exported.layout(size.layout)
+  // A panel that needs more room makes the figure wider, so the others fill it as well.
+  if (size.layout) exported.layout(Math.max(size.layout, ...panels.map(widthOf)))
   const figure = standaloneFigure(panels, size, exported.footnotes?.() ?? [])
   exported.layout(undefined)
   return figure

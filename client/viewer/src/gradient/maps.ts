@@ -12,7 +12,7 @@ import {
   shiftOf,
 } from '../model/gradient'
 import type { Token } from '../model/tokens'
-import { BINS, normPaint, normSteps, rankBin } from '../presentation/colours'
+import { normPaint, normSteps, rankBin } from '../presentation/colours'
 import {
   type HeatCell,
   type HeatColumn,
@@ -22,7 +22,7 @@ import {
   type Line,
 } from '../presentation/heatmap'
 import { columnsIn, type Group, GUTTER } from '../presentation/svg'
-import { at, count, decimals, measure } from '../presentation/wording'
+import { at, count, measure } from '../presentation/wording'
 
 // The heat maps: the tokens of inputs and VJPs, and the target's rank.
 
@@ -138,10 +138,9 @@ function markedCell(component: Component, { selected, wanted }: Shown) {
 }
 
 /** The mean norm and the target's mean rank, from the promoted end, by segment of the prompt. */
-export function segmentMap(model: GradientModel, kind: string): HeatMap {
+export function segmentMap(model: GradientModel, kind: string, scale: Scale): HeatMap {
   const rows = model.segments.filter((segment) => segment.kind === kind)
   const names = [...new Set(rows.map((row) => row.segment))]
-  const largest = Math.max(...rows.map((row) => finite(row.norm)), 0)
   const promoted = model.of(kind)[0]?.promoted
   const rank = (row: Segment) =>
     row.rank === undefined ? undefined : promotionRank(row.rank, promoted, model.vocabulary)
@@ -161,13 +160,13 @@ export function segmentMap(model: GradientModel, kind: string): HeatMap {
     width: GUTTER + names.length * SEGMENT,
     cell: (layer, name) => {
       const row = rows.find((r) => r.segment === name && r.layer === Number(layer))
-      return row && segmentCell(row, largest, rank(row))
+      return row && segmentCell(row, scale.largest, rank(row))
     },
   }
 }
 
 function segmentCell(row: Segment, largest: number, meanRank: number | undefined): HeatCell {
-  const rank = meanRank === undefined ? '' : `rank ${decimals(meanRank, 0)}`
+  const rank = meanRank === undefined ? '' : `rank ${count(Math.round(meanRank))}`
   const text = row.segment.replaceAll('_', ' ')
   return {
     id: '',
@@ -254,7 +253,6 @@ const STEPS = 24
 const WIDTH = 5
 const END = 14 + STEPS * WIDTH + 8 // px, where the text after the steps begins
 const LETTER = 5.6 // px
-const BIN = 60 // px from a bin to the next
 
 /** The legend of a scale below a picture of this width; what does not fit is on a second line. */
 export function scaleLegend(scale: Scale, prompt: readonly Token[], width: number): Legend {
@@ -266,13 +264,6 @@ export function scaleLegend(scale: Scale, prompt: readonly Token[], width: numbe
   const fits = GUTTER + END + whole.length * LETTER <= width
   const lines = fits || !more ? [whole] : [text, more]
   return { key: whole, lines: lines.length, draw: (group) => drawSteps(group, lines) }
-}
-
-/** The legend of rank bins below a picture of this width. */
-export function rankLegend(width: number): Legend {
-  const perLine = Math.max(1, Math.min(BINS.length, Math.floor((width - GUTTER) / BIN)))
-  const lines = Math.ceil(BINS.length / perLine)
-  return { key: `ranks ${perLine}`, lines, draw: (group) => drawBins(group, perLine) }
 }
 
 function drawSteps(group: Group, lines: readonly string[]): void {
@@ -295,29 +286,4 @@ function drawSteps(group: Group, lines: readonly string[]): void {
     .attr('x', (label) => label.x)
     .attr('y', (label) => label.y)
     .text((label) => label.text)
-}
-
-function drawBins(group: Group, perLine: number): void {
-  const x = (bin: number) => (bin % perLine) * BIN
-  const y = (bin: number) => Math.floor(bin / perLine) * LEGEND_LINE
-  group
-    .selectAll('rect')
-    .data(BINS)
-    .join('rect')
-    .attr('class', (_, bin) => `key bin-${bin}`)
-    .attr('x', (_, bin) => x(bin))
-    .attr('y', (_, bin) => y(bin))
-    .attr('width', BIN - 2)
-    .attr('height', 18)
-    .attr('rx', 3)
-  group
-    .selectAll('text')
-    .data(BINS)
-    .join('text')
-    .attr('class', (_, bin) => `on-bin-${bin}`)
-    .attr('x', (_, bin) => x(bin) + BIN / 2 - 1)
-    .attr('y', (_, bin) => y(bin) + 9.5)
-    .attr('text-anchor', 'middle')
-    .attr('dominant-baseline', 'central')
-    .text((text) => text)
 }

@@ -1,18 +1,15 @@
 import type { GradientModel } from '../model/gradient'
 import { choice, element, tokenText } from '../presentation/elements'
-import { drawHeatMap, type HeatMap, heatPicture, type Legend } from '../presentation/heatmap'
+import {
+  drawHeatMap,
+  type HeatMap,
+  heatPicture,
+  type Legend,
+  rankLegend,
+} from '../presentation/heatmap'
 import { needsRedraw, type Svg } from '../presentation/svg'
 import type { GradientKey, GradientState } from './controls'
-import {
-  factorMap,
-  rankLegend,
-  rankMap,
-  rankName,
-  type Shown,
-  scaleLegend,
-  scaleOf,
-  segmentMap,
-} from './maps'
+import { factorMap, rankMap, rankName, type Shown, scaleLegend, scaleOf, segmentMap } from './maps'
 
 // The heat maps of a gradient's page, each with a choice of the matrix.
 
@@ -107,7 +104,10 @@ export class MapPanels {
     this.segments.title.replaceChildren(
       `${kind}: mean |δ| and mean ${rankName(this.model.of(kind)[0]?.promoted ?? '')} of the target by segment of the prompt`,
     )
-    this.show(this.segments, segmentMap(this.model, kind))
+    // The scale of the positions' norms, of which a segment of one token has the same colour.
+    const scale = scaleOf(this.model, kind, '')
+    const map = segmentMap(this.model, kind, scale)
+    this.show(this.segments, map, scaleLegend(scale, this.model.prompt, map.width))
   }
 
   private show(panel: Panel, map: HeatMap, legend?: Legend): void {

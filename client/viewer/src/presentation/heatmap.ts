@@ -1,6 +1,6 @@
 import { create, type Selection, select } from 'd3-selection'
 import { cut, fitted, isolated } from '../model/tokens'
-import type { Paint } from './colours'
+import { BINS, type Paint } from './colours'
 import {
   CHARACTER,
   charactersIn,
@@ -260,4 +260,40 @@ function drawAxis(group: Group, map: HeatMap, y: number): void {
     .attr('x', (column) => column.x + padding(column.width))
     .attr('y', y)
     .text((column) => fitted(column.label, charactersIn(column.width - padding(column.width))))
+}
+
+// The legend of ranks is a part of the picture, so that an exported picture has it.
+
+const BIN = 60 // px from a bin to the next
+
+/** The legend of rank bins below a picture of this width. */
+export function rankLegend(width: number): Legend {
+  const perLine = Math.max(1, Math.min(BINS.length, Math.floor((width - GUTTER) / BIN)))
+  const lines = Math.ceil(BINS.length / perLine)
+  return { key: `ranks ${perLine}`, lines, draw: (group) => drawBins(group, perLine) }
+}
+
+function drawBins(group: Group, perLine: number): void {
+  const x = (bin: number) => (bin % perLine) * BIN
+  const y = (bin: number) => Math.floor(bin / perLine) * LEGEND_LINE
+  group
+    .selectAll('rect')
+    .data(BINS)
+    .join('rect')
+    .attr('class', (_, bin) => `key bin-${bin}`)
+    .attr('x', (_, bin) => x(bin))
+    .attr('y', (_, bin) => y(bin))
+    .attr('width', BIN - 2)
+    .attr('height', 18)
+    .attr('rx', 3)
+  group
+    .selectAll('text')
+    .data(BINS)
+    .join('text')
+    .attr('class', (_, bin) => `on-bin-${bin}`)
+    .attr('x', (_, bin) => x(bin) + BIN / 2 - 1)
+    .attr('y', (_, bin) => y(bin) + 9.5)
+    .attr('text-anchor', 'middle')
+    .attr('dominant-baseline', 'central')
+    .text((text) => text)
 }

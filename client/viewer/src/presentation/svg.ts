@@ -139,7 +139,7 @@ export function columnsIn(
   return lens(positions, selected, left, room, labelledIn(positions, selected, shown, read))
 }
 
-const NEIGHBOURS = 4 // labelled columns at least, the selected one among them
+const NEIGHBOURS = 4 // labelled columns, the selected one among them, if half of all are left for others
 
 function labelledIn(
   positions: number,
@@ -147,7 +147,8 @@ function labelledIn(
   shown: number,
   read: readonly number[],
 ): ReadonlySet<number> {
-  const labelled = new Set([selected, ...read.slice(0, Math.max(0, shown - NEIGHBOURS))])
+  const remote = Math.max(shown - NEIGHBOURS, Math.floor(shown / 2))
+  const labelled = new Set([selected, ...read.slice(0, remote)])
   const first = Math.max(0, Math.min(positions - shown, selected - Math.floor(shown * 0.7)))
   const around = Array.from({ length: shown }, (_, i) => first + i)
   around.sort((a, b) => Math.abs(a - selected) - Math.abs(b - selected))
@@ -169,14 +170,16 @@ function lens(
   const starts = (position: number) =>
     position > 0 && labelled.has(position) !== labelled.has(position - 1)
   const all = Array.from({ length: positions }, (_, position) => position)
-  const gaps = GAP * all.filter(starts).length
-  const others = Math.min(room * 0.24, (positions - shown) * 16)
+  const groups = all.filter(starts).length
+  const apart = Math.min(GAP, (room * 0.1) / Math.max(1, groups))
+  const gaps = apart * groups
+  const others = Math.min(room * 0.24, (positions - shown) * 10)
   const wide = Math.min(84, (room - others - gaps) / (shown + SELECTED - 1))
   const taken = wide * (shown + SELECTED - 1) + gaps
   const narrow = Math.min(20, (room - taken) / (positions - shown))
   let x = left
   return all.map((position) => {
-    if (starts(position)) x += GAP
+    if (starts(position)) x += apart
     const wanted = labelled.has(position)
     const pitch = position === selected ? wide * SELECTED : wanted ? wide : narrow
     const gap = wanted ? Math.min(GAP, 6) : Math.min(2, narrow * 0.2)

@@ -7,7 +7,7 @@ import { annotationKey } from '../model/annotations'
 import { FlowGraph } from '../model/flow_graph'
 import { contributionTree } from '../model/graph_queries'
 import { fitted } from '../model/tokens'
-import { BINS, binOf, type Marks } from '../presentation/colours'
+import { binOf, type Marks } from '../presentation/colours'
 import {
   button,
   choice,
@@ -18,7 +18,13 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
-import { drawHeatMap, type HeatCell, heatPicture } from '../presentation/heatmap'
+import {
+  drawHeatMap,
+  type HeatCell,
+  type HeatMap,
+  heatPicture,
+  rankLegend,
+} from '../presentation/heatmap'
 import { explained, levelNotes, rendered, targetSentence } from '../presentation/sentences'
 import {
   CHARACTER,
@@ -117,10 +123,11 @@ class ComparisonView {
   private fill(title: string): void {
     const { header, toolbar, main, aside } = this.shellParts
     const heading = element('div', { class: 'heading comparison' })
-    for (const graph of [this.before, this.after]) {
+    for (const [i, graph] of [this.before, this.after].entries()) {
       const position = lastPosition(graph)
       const target = graph.targets.get(position)?.target.label ?? ''
-      const line = element('h1', {}, promptText(graph.prompt, position))
+      const side = element('span', { class: 'quiet' }, i === 0 ? 'Before: ' : 'After: ')
+      const line = element('h1', {}, side, promptText(graph.prompt, position))
       const answer = tokenText(target)
       answer.classList.add('answer')
       line.append(element('span', { class: 'arrow' }, ' → '), answer)
@@ -148,12 +155,7 @@ class ComparisonView {
     const streams = element(
       'section',
       { class: 'overview-box' },
-      element('h2', {}, 'Residual streams'),
-      element(
-        'p',
-        { class: 'quiet' },
-        `Top tokens; colours: rank of the target (${BINS.join(', ')})`,
-      ),
+      element('h2', {}, 'Residual streams: top token, target’s rank and probability'),
       this.streams.node() as SVGSVGElement,
     )
     const second = element('div', { class: 'pair' }, streams)
@@ -187,12 +189,8 @@ class ComparisonView {
     return element(
       'section',
       { class: 'overview-box' },
-      element('h2', {}, 'What differs'),
-      element(
-        'p',
-        { class: 'quiet' },
-        `What each part adds to the ${of}. The rows add up to the logits.`,
-      ),
+      element('h2', {}, `What differs: what each part adds to the ${of}`),
+      element('p', { class: 'quiet' }, 'The rows add up to the logits.'),
       picture,
     )
   }
@@ -230,7 +228,7 @@ class ComparisonView {
       ['before', this.before],
       ['after', this.after],
     ])
-    drawHeatMap(this.streams, {
+    const map: HeatMap = {
       columns: [...graphs].map(([key, graph], i) => ({
         key,
         label: `${key}: ${graph.targets.get(lastPosition(graph))?.target.label ?? ''}`,
@@ -243,7 +241,8 @@ class ComparisonView {
       cellHeight: layers.length > 14 ? 18 : 26,
       width,
       cell: (row, column) => residualCell(graphs.get(column), Number(row)),
-    })
+    }
+    drawHeatMap(this.streams, map, rankLegend(width))
   }
 }
 
@@ -268,7 +267,7 @@ function residualCell(graph: FlowGraph | undefined, layer: number): HeatCell | u
     lines: [
       { mark: '', text: reading.top[0]?.token.label ?? '', strong: reading.targetRank === 0 },
     ],
-    corner: p === undefined ? rank : `${rank}, ${probability(p)}`,
+    corner: p === undefined ? rank : `${rank}, ${probability(p, reading.targetLogProbability)}`,
     paint: `bin-${binOf(node, graph)}`,
     sentence: nodeSentence(node, graph),
     selected: false,

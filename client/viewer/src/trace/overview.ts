@@ -141,6 +141,7 @@ interface Line {
   node: GraphNode
   rank: number
   probability: number
+  logProbability: number | undefined
 }
 
 const RANK = 46
@@ -175,7 +176,7 @@ export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: numb
     .attr('y', (line) => line.y)
     .attr('dominant-baseline', 'central')
     .attr('class', 'number')
-    .text((line) => probability(line.probability))
+    .text((line) => probability(line.probability, line.logProbability))
 }
 
 function linesOf(graph: FlowGraph, at: Layout, position: number): Line[] {
@@ -192,6 +193,7 @@ function linesOf(graph: FlowGraph, at: Layout, position: number): Line[] {
       node,
       rank: reading.targetRank,
       probability: reading.targetProbability ?? 0,
+      logProbability: reading.targetLogProbability,
     })
   }
   return lines
