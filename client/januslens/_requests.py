@@ -66,7 +66,7 @@ from januslens.results.kinds import (
     NodeKind,
     Site,
 )
-from januslens.results.trace import Trace
+from januslens.results.trace import Trace, TraceHeader
 from januslens.results.vectors import Tensor, tensor_message
 from januslens.v1 import (
     activations_pb2,
@@ -220,19 +220,19 @@ def _kinds(kinds: Iterable[NodeKind | str] | None) -> list[NodeKind]:
     return named
 
 
-_RESIDUALS = (NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT)
-_STEPS = (
+_RESIDUALS = {NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT}
+_STEPS = {
     NodeKind.RESIDUAL_MID,
     NodeKind.ATTENTION_OUTPUT,
     NodeKind.MIXER_OUTPUT,
     NodeKind.MLP_OUTPUT,
-)
-_ATTENTION = (
+}
+_ATTENTION = {
     NodeKind.ATTENTION_CONCAT,
     NodeKind.ATTENTION_SUM,
     NodeKind.HEAD_OUTPUT,
     NodeKind.MEMORY_VALUE,
-)
+}
 _HEADS = 3  # heads per cell, each with the source that it attends to most
 
 # A cell is one layer at one position. Overviews with few cells show more of each cell.
@@ -245,28 +245,43 @@ def overview_request(
     trace: Trace, *, lens: Lens | str = Lens.FINAL_NORM, top_k: int | None = 3
 ) -> trace_pb2.TraceRequest:
     """Build the request of `AsyncClient.trace_overview`."""
-    layers, positions = len(trace.header.layers), len(trace.prompt_tokens)
+    header, positions = trace.header, len(trace.prompt_tokens)
+    layers = len(header.layers)
+    whole = layers == header.sizes.n_layers
     targets = {target.target.id for target in trace.targets}
     return trace_request(
         [token.id for token in trace.prompt_tokens],
         targets.pop() if len(targets) == 1 else None,
-        layers=trace.header.layers,
+        layers=None if whole else header.layers,
         positions=range(max(0, positions - _CELLS // layers), positions),
         heads=_HEADS,
         memory_values=1,
         top_k=top_k,
         bottom_k=0,
         lens=lens,
-        node_kinds=_overview_kinds(layers * positions),
+        node_kinds=sorted(_overview_kinds(layers * positions) & _kinds_shown(header, whole)),
         model=trace.provenance.model,
         revision=trace.provenance.revision,
     )
 
 
-def _overview_kinds(cells: int) -> tuple[NodeKind, ...]:
+def _overview_kinds(cells: int) -> set[NodeKind]:
     if cells <= _CELLS_WITH_HEADS:
-        return _RESIDUALS + _STEPS + _ATTENTION
-    return _RESIDUALS + _STEPS if cells <= _CELLS_WITH_STEPS else _RESIDUALS
+        return _RESIDUALS | _STEPS | _ATTENTION
+    return _RESIDUALS | _STEPS if cells <= _CELLS_WITH_STEPS else _RESIDUALS
+
+
+def _kinds_shown(header: TraceHeader, whole: bool) -> set[NodeKind]:
+    """Return the kinds that a request may name: those of all layers, if it names layers.
+
+    A request for the `whole` model names none; it may name the kinds of some layers.
+    """
+    levels = {limited.level for limited in header.limited_layers}
+    if whole and len(header.limited_layers) < len(header.layers):
+        levels = set()
+    if "STREAM" in levels:
+        return _RESIDUALS
+    return _RESIDUALS | _STEPS if levels else _RESIDUALS | _STEPS | _ATTENTION
 
 
 def gradient_lens_request(  # noqa: PLR0913 - by keyword

@@ -167,6 +167,9 @@ def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
     coarse[0].header.limited_layers.append(stream_only)
     yield "a layer shows only its sublayers", coarse
     yield "a whole layer has a mixer beside its sublayers", stream_of(with_mixer())
+    heads = stream_of(with_mixer_heads())
+    heads[0].header.limited_layers.extend(sublayers(0))
+    yield "a mixer has heads", heads
     yield "the trace begins above the first layer", stream_of(moved(5))
     yield "the target falls from the first rank and returns in a second layer", two_layers()
 
@@ -256,15 +259,25 @@ def without_ranks() -> trace_pb2.LayerGraph:
 def with_mixer() -> trace_pb2.LayerGraph:
     """A layer whose attention is a mixer, without nodes inside of its sublayers."""
     shown = ("BLOCK_INPUT", "ATTENTION_OUTPUT", "RESIDUAL_MID", "MLP_OUTPUT", "BLOCK_OUTPUT")
-    layer = without_nodes(
-        *{node.id for node in messages.layer().nodes if not node.id.endswith(shown)}
-    )
+    inside = (node.id for node in messages.layer().nodes if not node.id.endswith(shown))
+    layer = without_nodes("OTHER/MLP_OUTPUT", *inside)
     for node in layer.nodes:
         if node.kind == trace_pb2.NODE_KIND_ATTENTION_OUTPUT:
             node.kind = trace_pb2.NODE_KIND_MIXER_OUTPUT
             node.id = "L0/p1/MIXER_OUTPUT"
     for edge in layer.edges:
         edge.source = edge.source.replace("ATTENTION_OUTPUT", "MIXER_OUTPUT")
+    return layer
+
+
+def with_mixer_heads() -> trace_pb2.LayerGraph:
+    """`with_mixer`, with the heads of the mixer."""
+    layer = with_mixer()
+    for head, top, contribution in ((0, 2, 1.5), (1, 3, -0.25)):
+        name = f"L0/p1/MIXER_HEAD/h{head}"
+        layer.nodes.append(messages.node(name, "MIXER_HEAD", (top,), 0, head=head, norm=2.0))
+        values = {"share": 0.75 - 0.5 * head, "logit_contribution": contribution}
+        layer.edges.append(messages.edge(name, "L0/p1/MIXER_OUTPUT", "PART", 2.0, **values))
     return layer
 
 

@@ -22,7 +22,9 @@ from januslens import (
     Text,
     _requests,
 )
-from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.assemblers import TraceAssembler
+from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from tests.client import messages
 
 NAN, INF = float("nan"), float("inf")
 
@@ -321,3 +323,34 @@ def test_tokens_that_metadata_cannot_hold_are_refused_unseen(token: str) -> None
         Client(token=token)
     with pytest.raises(TypeError, match=r"^invalid token of type bytes; expected str$"):
         Client(token=token.encode())  # type: ignore[arg-type]  # as a careless caller would
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "layers", "limited", "named", "most"),
+    [
+        (2, [0, 1], {}, [], NodeKind.MEMORY_VALUE),
+        (2, [1], {}, [1], NodeKind.MEMORY_VALUE),
+        (2, [0, 1], {0: "SUBLAYERS"}, [], NodeKind.MEMORY_VALUE),
+        (2, [0, 1], {0: "SUBLAYERS", 1: "SUBLAYERS"}, [], NodeKind.MIXER_OUTPUT),
+        (3, [0, 1], {0: "SUBLAYERS"}, [0, 1], NodeKind.MIXER_OUTPUT),
+        (3, [0, 1], {0: "SUBLAYERS", 1: "STREAM"}, [0, 1], NodeKind.BLOCK_OUTPUT),
+    ],
+)
+def test_an_overview_names_no_kind_that_a_named_layer_lacks(
+    n_layers: int, layers: list[int], limited: dict[int, str], named: list[int], most: NodeKind
+) -> None:
+    """The server refuses a kind that a named layer lacks, and kinds that every layer lacks."""
+    header = messages.trace_header()
+    header.sizes.n_layers = n_layers
+    header.layers[:] = layers
+    for layer, level in limited.items():
+        header.limited_layers.add(layer=layer, level=common_pb2.Level.Value(f"LEVEL_{level}"))
+    assembler = TraceAssembler()
+    for response in messages.trace_stream(header, messages.trace_summary()):
+        assembler.feed(response)
+    request = _requests.overview_request(assembler.result())
+    assert list(request.layers) == named
+    kinds = {trace_pb2.NodeKind.Name(kind) for kind in request.node_kinds}
+    every = (NodeKind.MEMORY_VALUE, NodeKind.MIXER_OUTPUT, NodeKind.BLOCK_OUTPUT)
+    shown = {kind for kind in every if f"NODE_KIND_{kind}" in kinds}
+    assert shown == set(every[every.index(most) :])

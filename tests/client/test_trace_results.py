@@ -13,6 +13,7 @@ from januslens import ContributionTree, LayerGraph, NodeKind, Token, TokenScore,
 from januslens.assemblers import TraceAssembler
 from januslens.v1 import trace_pb2
 from tests.client import messages
+from tests.client import presentation_fixtures as fixtures
 from tests.client.messages import trace_stream
 
 
@@ -111,6 +112,24 @@ def test_contributions_are_every_summand_once_and_add_up_to_the_logit(trace: Tra
     target = trace.target()
     total = sum(part.logit_contribution or 0 for part in parts)
     assert total + target.constant_logit_contribution == target.target_logit == 4.0
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_contributions_divide_a_mixer_with_known_heads(limited: bool) -> None:
+    """Without known heads, the mixer is one part, also beside attention (`limited` is False)."""
+    sublayers = {"MLP_OUTPUT": 1.75} if limited else {}
+    heads = {"MIXER_HEAD/h0": 1.5, "MIXER_HEAD/h1": -0.25}
+    layers = {True: fixtures.with_mixer_heads(), False: fixtures.with_mixer()}
+    for divided, layer in layers.items():
+        stream = fixtures.stream_of(layer)
+        stream[0].header.limited_layers.extend(fixtures.sublayers(0) if limited else [])
+        assembler = TraceAssembler()
+        for response in stream:
+            assembler.feed(response)
+        parts = assembler.result().contributions()
+        found = {part.node.id.split("p1/", 1)[1]: part.logit_contribution for part in parts}
+        mixer = heads if divided else {"MIXER_OUTPUT": 1.25}
+        assert found == {"BLOCK_INPUT": 0.5, **mixer, **sublayers}
 
 
 def test_unrequested_contributions_raise_a_clear_error() -> None:

@@ -56,7 +56,7 @@ from januslens.cli.tables import (
 )
 from januslens.client import Client, EventStream
 from januslens.results.contributions import ContributionTree
-from januslens.results.graph import Node, Part
+from januslens.results.graph import GraphView, Node, Part
 from januslens.results.graph_files import GRAPH_FORMATS, GraphFormat, graph_format
 from januslens.results.kinds import NodeKind
 from januslens.results.tokens import Token
@@ -265,7 +265,7 @@ def heads_section(
         grid.add_row(
             signed_cell(part.logit_contribution),
             percent_cell(part.share),
-            Text(f"L{part.node.layer} head {part.node.head}"),
+            Text(_head_name(part.node)),
             _sources(trace, part),
             tokens_cell(read.top_tokens[:_HEAD_TOKENS], sought) if read else Text(""),
         )
@@ -274,6 +274,11 @@ def heads_section(
         "writes: top tokens of the head's output"
     )
     return section(title, grid, note)
+
+
+def _head_name(head: Node) -> str:
+    of_mixer = " of the mixer" if head.kind is NodeKind.MIXER_HEAD else ""
+    return f"L{head.layer} head {head.head}{of_mixer}"
 
 
 def _sources(trace: Trace, head: Part) -> Text:
@@ -400,7 +405,7 @@ def _show_position(
         _show_layers(trace, target, console, rows)
     else:
         added = f"that add most to the {trace.explained(target.position)}"
-        heads = _strongest(trace.parts_of_kind(NodeKind.HEAD_OUTPUT, target.position))[:rows]
+        heads = _strongest(_heads(trace, target.position))[:rows]
         console.print(heads_section(trace, heads, f"Heads {added}", sought))
         neurons = _strongest(trace.parts_of_kind(NodeKind.MLP_VALUE, target.position))[:rows]
         console.print(neurons_section(neurons, f"Neurons {added}", sought))
@@ -411,14 +416,19 @@ def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: i
     """Print the heads and neurons of every layer."""
     sought: Sequence[Token] = [target.target]
     for layer in trace.layers:
-        heads, neurons = (
-            layer.parts_of_kind(kind, target.position)
-            for kind in (NodeKind.HEAD_OUTPUT, NodeKind.MLP_VALUE)
-        )
-        title = f"Layer {layer.layer}: attention heads"
+        heads = _heads(layer, target.position)
+        neurons = layer.parts_of_kind(NodeKind.MLP_VALUE, target.position)
+        of_mixer = any(part.node.kind is NodeKind.MIXER_HEAD for part in heads)
+        title = f"Layer {layer.layer}: {'heads of the mixer' if of_mixer else 'attention heads'}"
         console.print(heads_section(trace, heads[:rows], title, sought))
         title = f"Layer {layer.layer}: MLP neurons"
         console.print(neurons_section(neurons[:rows], title, sought))
+
+
+def _heads(graph: GraphView, position: int) -> list[Part]:
+    """The heads of attention, and those of linear attention and state spaces."""
+    kinds = (NodeKind.HEAD_OUTPUT, NodeKind.MIXER_HEAD)
+    return [part for kind in kinds for part in graph.parts_of_kind(kind, position)]
 
 
 def _show_contributions(

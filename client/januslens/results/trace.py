@@ -388,9 +388,10 @@ class Trace(GraphView):
         """Return the components by their effect on the target's logit, largest first.
 
         The components are the embedding, heads, neurons, biases, and the rest of each sum. Of a
-        layer without known parts, they are its sublayers, or all that the block adds. Each
-        summand of the residual stream is listed once. If all layers are traced, the contributions
-        and the `constant_logit_contribution` add up to the target's logit before the soft-cap.
+        layer without known parts, they are its sublayers, or all that the block adds. A mixer is
+        one component, or its heads if the trace has them. Each summand of the residual stream is
+        listed once. If all layers are traced, the contributions and the
+        `constant_logit_contribution` add up to the target's logit before the soft-cap.
 
         Args:
             position: Position of the components, by default the last traced one.
