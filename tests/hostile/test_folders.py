@@ -12,7 +12,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,24 @@ def status_of(folder: Path) -> ModelStatus:
     return status
 
 
-def refusal(folder: Path) -> str:
-    """Return the one line with which a folder is FAILED, in bounded time and memory."""
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Limit the memory that loads may use, and check their time."""
     kept = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, kept[1]))
     began = time.monotonic()
     try:
-        status = status_of(folder)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, kept)
     assert time.monotonic() - began < SECONDS
+
+
+def refusal(folder: Path) -> str:
+    """Return the one line with which a folder is FAILED, in bounded time and memory."""
+    with bounded():
+        status = status_of(folder)
     assert status.state is ModelState.FAILED
     assert status.reason.isprintable()
     assert len(status.reason) < 1500
@@ -237,12 +245,12 @@ def named_labels(folder: Path) -> str:
 
 def wide(folder: Path) -> str:
     describe(folder, n_embd=2**16, n_head=1)
-    return "config.json describes"
+    return "the configuration describes"
 
 
 def long_contexts(folder: Path) -> str:
     describe(folder, n_positions=10**12)
-    return "config.json describes"
+    return "the configuration describes"
 
 
 def nested(folder: Path) -> str:
@@ -260,7 +268,7 @@ def no_positions(folder: Path) -> str:
     weights = load_file(folder / WEIGHTS)
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:0].clone()
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    return "config.json gives a context of 0 positions"
+    return "the configuration gives a context of 0 positions"
 
 
 def unprintable(folder: Path) -> str:

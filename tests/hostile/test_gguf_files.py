@@ -1,20 +1,27 @@
-"""GGUF files with impossible sizes, counts and places are FAILED in one line, in bounded memory."""
+"""GGUF files with impossible sizes and settings are FAILED in one line, in bounded memory."""
 
 from __future__ import annotations
 
+import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.hostile.test_folders import refusal
-from tests.loading.test_gguf import NORMAL, UNKNOWN, write
+from januslens_server.models.gguf_file import read_header
+from januslens_server.results import ModelState
+from tests.architectures.cases import VOCABULARY
+from tests.hostile.test_folders import bounded, refusal, status_of
+from tests.loading.test_gguf import BYTE, BYTE_LEVEL, CONTROL, NORMAL, UNKNOWN, write
 
 GIB = 2**30
 # Types of metadata values, and of tensors.
-UINT8, UINT32, TEXT, LIST, UINT64 = 0, 4, 8, 9, 10
+UINT8, UINT32, BOOL, TEXT, LIST, UINT64, INT64, FLOAT64 = 0, 4, 7, 8, 9, 10, 11, 12
 FLOAT32, Q8_0 = 0, 8
 
 Entry = tuple[str, int, bytes]
@@ -115,6 +122,7 @@ def frequencies_of_gigabytes(path: Path) -> str:
                     ("embedding_length", 32),
                     ("attention.head_count", 4),
                     ("attention.key_length", 2**29),
+                    ("attention.layer_norm_rms_epsilon", 1),
                 )
             ),
         ],
@@ -195,10 +203,16 @@ FILES: dict[str, Callable[[Path], str]] = {
     "tensor of another size": embeddings_of_another_size,
     "9,000 layers": described("weights hold only", block_count=9000),
     "frequencies of gigabytes": frequencies_of_gigabytes,
-    "no heads": described("file.gguf", **{"attention.head_count": 0}),
-    "no layers": described("tensors that are not read", block_count=0),
+    "no heads": described(
+        "invalid setting attention.head_count 0; expected a whole number from 1",
+        **{"attention.head_count": 0},
+    ),
+    "no layers": described(
+        "invalid setting block_count 0; expected a whole number from 1", block_count=0
+    ),
     "epsilon of NaN": described(
-        "rms_epsilon nan, but", **{"attention.layer_norm_rms_epsilon": float("nan")}
+        "rms_epsilon nan; expected a number from",
+        **{"attention.layer_norm_rms_epsilon": float("nan")},
     ),
     "token of a megabyte": tokenizer("tokens that are too long", [*LETTERS, "a" * (2**20 - 1)]),
     "scores that are NaN": tokenizer("not finite", LETTERS, scores=[float("nan")] * 3),
@@ -221,3 +235,161 @@ def test_unprintable_names_of_files_are_escaped(tmp_path: Path) -> None:
     """Errors name the GGUF files of a folder without config.json."""
     (tmp_path / "\x1b[31m\nready.gguf").touch()
     assert r"\x1b[31m\nready.gguf" in refusal(tmp_path)
+
+
+class Written:
+    """A file of a tiny model, which can be written again with other metadata."""
+
+    def __init__(self, path: Path, family: str, tokenizer: dict[str, Any] | None = None) -> None:
+        found = read_header(write(path, family, tokenizer=tokenizer))
+        start = min(tensor.start for tensor in found.tensors.values())
+        self._architecture, self._metadata = found.architecture, found.metadata
+        self._values = path.read_bytes()[start:]
+        self._tensors = [
+            (t.name, t.shape, FLOAT32, t.start - start) for t in found.tensors.values()
+        ]
+
+    def changed(self, changes: Mapping[str, Any]) -> bytes:
+        """Return the file with these values in its metadata; None removes a key."""
+        named = {k.replace("ARCHITECTURE", self._architecture): v for k, v in changes.items()}
+        metadata = {**self._metadata, **named}
+        entries = [(key, *encoded(value)) for key, value in metadata.items() if value is not None]
+        content = header(entries, self._tensors)
+        return content + bytes(-len(content) % 32) + self._values
+
+
+def encoded(value: Any) -> tuple[int, bytes]:
+    """Return the type and the bytes of a metadata value; a pair of both is used as it is."""
+    match value:
+        case tuple():
+            return value
+        case bool():
+            return BOOL, struct.pack("<?", value)
+        case int():
+            return (
+                (UINT64, struct.pack("<Q", value))
+                if value >= 0
+                else (INT64, struct.pack("<q", value))
+            )
+        case float():
+            return FLOAT64, struct.pack("<d", value)
+        case str():
+            return TEXT, text(value.encode())
+    items = [encoded(item) for item in value]
+    return LIST, numbers(items[0][0] if items else UINT8, len(items), b"".join(i[1] for i in items))
+
+
+# Settings of the tiny models, and others that they could have.
+SETTINGS = [
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attn_logit_softcapping",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "expert_count",
+    "expert_used_count",
+    "feed_forward_length",
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.type",
+    "vocab_size",
+]
+TOKENIZER = [*BYTE_LEVEL, "add_bos_token", "add_space_prefix", "scores", "unknown_token_id"]
+KEYS = [
+    "general.alignment",
+    "general.architecture",
+    "tokenizer.chat_template",
+    *(f"ARCHITECTURE.{key}" for key in SETTINGS),
+    *(f"tokenizer.ggml.{key}" for key in TOKENIZER),
+]
+# Values that claim gigabytes, a list of lists, and an unknown type.
+LIES = [
+    (TEXT, struct.pack("<Q", 2**33)),
+    (LIST, numbers(TEXT, 2**33)),
+    (LIST, numbers(UINT64, 2**33)),
+    (LIST, numbers(TEXT, 1) + struct.pack("<Q", 2**40)),
+    (LIST, numbers(LIST, 1)),
+    (77, b""),
+]
+TOKENS = BYTE_LEVEL["tokens"]
+LISTS = [
+    *([kind] * VOCABULARY for kind in (-1, NORMAL, CONTROL, BYTE, 77)),
+    [math.nan] * VOCABULARY,
+    [*TOKENS[1:], "zz"],
+    [TOKENS[0]] * VOCABULARY,
+    ["a b", "zz yy"],
+    ["a  b", " ", ""],
+]
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, 2, 3, 8, 31, 32, 2**16, 2**31, 2**40, 2**64 - 1]),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(),
+    st.sampled_from(["linear", "yarn", "llama", "gpt2", "llama-bpe", "{{ x", "\x1b[31m\n"]),
+    st.text(max_size=20),
+    st.sampled_from(LISTS),
+    st.lists(st.integers(-1, VOCABULARY), max_size=5),
+    st.sampled_from(LIES),
+)
+CHANGES = st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3)
+SENTENCE_PIECE = {
+    "model": "llama",
+    "tokens": ["<unk>", "<s>", *(f"t{i}" for i in range(VOCABULARY - 2))],
+    "token_type": [UNKNOWN, CONTROL, *[NORMAL] * (VOCABULARY - 2)],
+    "scores": [-float(i) for i in range(VOCABULARY)],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer"),
+    [("llama", {}), ("mixtral", {}), ("gemma3", SENTENCE_PIECE)],
+    ids=["llama", "mixtral", "gemma3"],
+)
+def test_any_metadata_loads_or_fails_in_one_line(
+    family: str, tokenizer: dict[str, Any], tmp_path: Path
+) -> None:
+    file, path = Written(tmp_path / "written.gguf", family, tokenizer), tmp_path / "file.gguf"
+    path.write_bytes(file.changed({}))
+    assert status_of(path).state is ModelState.READY
+
+    @settings(max_examples=40, derandomize=True, database=None, deadline=None)
+    @given(CHANGES)
+    def load(changes: dict[str, Any]) -> None:
+        path.write_bytes(file.changed(changes))
+        status = status_of(path)
+        if status.state is ModelState.FAILED:
+            assert status.reason.isprintable()
+            assert len(status.reason) < 1500
+            assert "config.json" not in status.reason
+        else:
+            assert status.state is ModelState.READY
+
+    with bounded():
+        load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"attention.layer_norm_rms_epsilon": math.inf}, "rms_epsilon inf; expected a number"),
+        ({"attention.layer_norm_rms_epsilon": None}, "lacks the settings attention.layer_norm_rms"),
+        ({"attn_logit_softcapping": 5.0}, "attn_logit_softcapping 5.0, but transformers uses"),
+        ({"block_count": 1.0}, "invalid setting block_count 1.0; expected a whole number"),
+        ({"context_length": 2**40}, "expected a whole number from 1 to 2147483647"),
+        ({"expert_used_count": None}, "lacks the settings expert_used_count"),
+        ({"rope.scaling.factor": 0.0}, "invalid setting rope.scaling.factor 0.0; expected a"),
+    ],
+    ids=str,
+)
+def test_settings_that_would_change_numbers_unnoticed_are_refused(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.gguf"
+    file = Written(path, "mixtral")
+    path.write_bytes(file.changed({f"llama.{key}": value for key, value in changes.items()}))
+    assert expected in refusal(path)

@@ -286,6 +286,14 @@ def test_weights_and_logits_equal_those_of_the_written_model(family: str, tmp_pa
     assert model.end_ids == {1}
 
 
+def test_a_factor_without_a_type_divides_positions(tmp_path: Path) -> None:
+    """As in llama.cpp, whose type of scaling is linear unless the file has another one."""
+    model = loaded(write(tmp_path / "tiny.gguf", settings={"rope.scaling.factor": 4.0}))
+    rotary: Any = model.network.model.rotary_emb
+    unscaled = 500.0 ** (-np.arange(len(rotary.inv_freq)) / len(rotary.inv_freq))
+    np.testing.assert_allclose(rotary.inv_freq.numpy(), unscaled / 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16"])
 def test_quantized_weights_are_those_that_gguf_dequantizes(kind: str, tmp_path: Path) -> None:
     model = loaded(write(tmp_path / "tiny.gguf", quantized=kind))
@@ -376,11 +384,11 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
         ({"settings": {"rope.scaling.type": "yarn"}}, "has rope.scaling 'yarn' with the factor"),
         ({"settings": {"rope.scaling.type": "linear"}}, "'linear' with the factor None"),
         ({"settings": {"attention.scale": 0.5}}, "settings that are not read: attention.scale"),
-        ({"settings": {"expert_count": 4}}, "tensors that are not read: blk.0.ffn_down.weight"),
+        ({"settings": {"expert_count": 4}}, "lacks the settings expert_used_count"),
         ({"settings": {"expert_weights_scale": 2.0}}, "not read: expert_weights_scale"),
         ({"settings": {"rope.dimension_count": 4}}, "attention.key_length 8, but"),
         ({"settings": {"block_count": 10**9}}, "num_hidden_layers is too large"),
-        ({"settings": {"attention.head_count": "4"}}, "expected a number"),
+        ({"settings": {"attention.head_count": "4"}}, "expected a whole number"),
         (
             {"further": {"rope_freqs.weight": np.arange(1, 5, dtype=np.float32)}},
             "rope_freqs.weight with other divisors than those of Llama 3",

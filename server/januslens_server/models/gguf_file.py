@@ -97,13 +97,27 @@ OWN_ATTRIBUTES = {
     "qwen3moe": EXPERTS,
     "starcoder2": {"attention.layer_norm_epsilon": "norm_epsilon"},
 }
+# Settings that are real numbers. All others count something, in 32 bits.
+REAL = {
+    "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon",
+    "attention.scale",
+    "attn_logit_softcapping",
+    "embedding_scale",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "rope.freq_base",
+    "rope.scaling.factor",
+}
+MAX_SETTING, FLOAT32 = 2**31 - 1, torch.finfo(torch.float32)
 # What all checkpoints of an architecture have in common, and no setting says.
 COMMON_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2moe": {"norm_topk_prob": False},
     "qwen3moe": {"norm_topk_prob": True},
 }
 # Scaling of rotary embeddings: a division of all positions, in Gemma 3 in the layers without a
-# window, or none.
+# window, or none. A factor without a type divides, as in llama.cpp.
 SCALING_TYPE, SCALING_FACTOR = "rope.scaling.type", "rope.scaling.factor"
 LINEAR, UNSCALED = "linear", "none"
 # The divisors of Llama 3's frequencies, and the settings that all of its checkpoints share
@@ -122,6 +136,10 @@ NEIGHBOURS = {"granite", "llama", "smollm3"}
 # Architectures whose norms are stored with the 1 that the model adds.
 NORMS_WITH_ONE = {"gemma", "gemma2", "gemma3"}
 REQUIRED = {"block_count", "context_length", "embedding_length", "attention.head_count"}
+# Settings for which transformers would use a value of its own. The epsilon of norms is another one.
+OWN_REQUIRED = {"gemma3": {"attention.sliding_window"}, "granite": set(OWN_ATTRIBUTES["granite"])}
+LAYER_NORMS = {"gpt2", "starcoder2"}  # all others have RMSNorm
+DEFAULT_BASE = 1e4  # of rotary embeddings in files without rope.freq_base, as in llama.cpp
 UNEMBEDDING = "output.weight"
 TRANSPOSED = re.compile(r"(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$")
 ADVICE = "serve the folder with safetensors that it was made from"
@@ -315,15 +333,17 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
         described["query_pre_attn_scalar"] = described.get("head_dim", width)
     if family == "starcoder2":
         described["use_bias"] = "blk.0.attn_q.bias" in header.tensors
+    if family != "gpt2":
+        described.setdefault("rope_theta", DEFAULT_BASE)
     if rotary := _rotary(header, scaling, described):
-        described["rope_parameters"] = rotary | {"rope_theta": described.pop("rope_theta", 1e4)}
+        described["rope_parameters"] = rotary | {"rope_theta": described.pop("rope_theta")}
         if family == "gemma3":
-            local = {"rope_type": "default", "rope_theta": 1e4}
+            local = {"rope_type": "default", "rope_theta": DEFAULT_BASE}
             described["rope_parameters"] = {
                 "full_attention": described["rope_parameters"],
                 "sliding_attention": local,
             }
-    end = header.metadata.get("tokenizer.ggml.eos_token_id")
+    end = _end_id(header, described.get("vocab_size", 0))
     check_keys(header.path.name, described)
     families = FAMILIES | MIXTURES if settings.get("expert_count") else FAMILIES
     config: Any = CONFIG_MAPPING[families[family]](  # type: ignore[call-arg]  # any of its class
@@ -335,11 +355,18 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
     return checked
 
 
+def _end_id(header: GGUFHeader, n_tokens: int) -> int | None:
+    found = header.metadata.get("tokenizer.ggml.eos_token_id")
+    if found is None or (type(found) is int and 0 <= found < n_tokens):
+        return found
+    raise ModelFailed(f"invalid eos_token_id {found!r:.80}; expected 0 to {n_tokens - 1}")
+
+
 def _rotary(
     header: GGUFHeader, scaling: Mapping[str, Any], described: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the parameters of scaled rotary embeddings without their base; empty if unscaled."""
-    kind = scaling.get(SCALING_TYPE, UNSCALED)
+    kind = scaling.get(SCALING_TYPE, LINEAR if SCALING_FACTOR in scaling else UNSCALED)
     if FREQUENCIES in header.tensors:
         if kind != UNSCALED:
             raise ModelFailed(f"the file scales its rotary embeddings twice; {ADVICE}")
@@ -347,13 +374,13 @@ def _rotary(
         return _llama_3(header, described.get("head_dim", whole))
     if kind == UNSCALED:
         return {}
-    factor = scaling.get(SCALING_FACTOR)
-    if kind != LINEAR or isinstance(factor, bool) or not isinstance(factor, int | float):
+    if kind != LINEAR or SCALING_FACTOR not in scaling:
         raise ModelFailed(
-            f"the file has rope.scaling {kind!r} with the factor {factor!r}; expected "
-            f"{LINEAR!r} with a number, or {UNSCALED!r}; {ADVICE}"
+            f"the file has rope.scaling {kind!r:.80} with the factor "
+            f"{scaling.get(SCALING_FACTOR)!r:.80}; expected {LINEAR!r} with a number, or "
+            f"{UNSCALED!r}; {ADVICE}"
         )
-    return {"rope_type": LINEAR, "factor": float(factor)}
+    return {"rope_type": LINEAR, "factor": _setting(SCALING_FACTOR, scaling[SCALING_FACTOR])}
 
 
 def _llama_3(header: GGUFHeader, d_head: float) -> dict[str, Any]:
@@ -373,7 +400,7 @@ def _llama_3(header: GGUFHeader, d_head: float) -> dict[str, Any]:
         )
     content = np.memmap(header.path, np.uint8, "r")
     stored = content[tensor.start : tensor.start + tensor.n_bytes].view("<f4").astype(np.float64)
-    base = float(header.metadata.get("llama.rope.freq_base", 1e4))
+    base = float(header.metadata.get("llama.rope.freq_base", DEFAULT_BASE))
     steps = np.arange(len(stored)) / len(stored)
     wavelengths = 2 * math.pi * base**steps
     factor, context = float(stored.max()), LLAMA_3["original_max_position_embeddings"]
@@ -391,7 +418,7 @@ def _settings(header: GGUFHeader) -> tuple[dict[str, float], dict[str, Any]]:
     family = header.architecture
     if family not in FAMILIES:
         raise ModelFailed(
-            f"GGUF files of architecture {family!r} are not read; expected one of "
+            f"GGUF files of architecture {family!r:.80} are not read; expected one of "
             f"{', '.join(sorted(FAMILIES))}, or a folder with safetensors"
         )
     settings = {
@@ -407,11 +434,13 @@ def _settings(header: GGUFHeader) -> tuple[dict[str, float], dict[str, Any]]:
         raise ModelFailed(
             f"the file has settings that are not read: {shortlist(unknown)}; {ADVICE}"
         )
-    if missing := sorted(REQUIRED - settings.keys()):
+    norm = "layer_norm" if family in LAYER_NORMS else "layer_norm_rms"
+    required = REQUIRED | OWN_REQUIRED.get(family, set()) | {f"attention.{norm}_epsilon"}
+    if "expert_count" in settings:
+        required.add("expert_used_count")
+    if missing := sorted(required - settings.keys()):
         raise ModelFailed(f"the file lacks the settings {shortlist(missing)}")
-    for key, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelFailed(f"invalid setting {key} {value!r}; expected a number")
+    settings = {key: _setting(key, value) for key, value in settings.items()}
     if UNUSUAL_SCALE.get(family) == settings["block_count"]:
         raise ModelFailed(
             f"{family} of this size scales its attention as no setting says; {ADVICE}"
@@ -419,18 +448,35 @@ def _settings(header: GGUFHeader) -> tuple[dict[str, float], dict[str, Any]]:
     return settings, scaling
 
 
+def _setting(key: str, value: object) -> float:
+    """Return a setting: a number above 0, and a whole one unless its key is in `REAL`."""
+    expected = f"a whole number from 1 to {MAX_SETTING}"
+    if key in REAL:
+        expected = f"a number from {FLOAT32.tiny:.2g} to {FLOAT32.max:.2g}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key in REAL and FLOAT32.tiny <= value <= FLOAT32.max:
+            return float(value)
+        if key not in REAL and isinstance(value, int) and 0 < value <= MAX_SETTING:
+            return value
+    raise ModelFailed(f"invalid setting {key} {value!r:.80}; expected {expected}")
+
+
 def _check_setting(key: str, value: float, attribute: str, config: Any) -> None:
     """Refuse a setting that transformers does not apply."""
+    fields = type(config).__dataclass_fields__
     if attribute == "rope_theta":
-        rotary = config.rope_parameters
+        rotary = getattr(config, "rope_parameters", None) or {}
         found = rotary.get("full_attention", rotary).get("rope_theta")
     elif attribute == "head_dim":
         width = config.hidden_size // config.num_attention_heads
-        found = getattr(config, "head_dim", None) or width
+        # GPT-2 reads no head_dim; others do even if their configuration does not declare it.
+        found = width if config.model_type == "gpt2" else getattr(config, "head_dim", None) or width
     elif attribute == "intermediate_size" and config.model_type == "gpt2":
         found = config.n_inner
+    elif {attribute, config.attribute_map.get(attribute)} & fields.keys():
+        found = getattr(config, attribute)
     else:
-        found = getattr(config, attribute, None)
+        found = None  # the configuration keeps any attribute, but its model does not read this one
     if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=TOLERANCE):
         raise ModelFailed(
             f"the file has {key} {value!r}, but transformers uses {attribute} {found!r}; {ADVICE}"

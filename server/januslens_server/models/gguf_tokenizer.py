@@ -94,9 +94,9 @@ def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
         raise ModelFailed("the file's tokenizer has a token twice")
     kind = described.get("model")
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise ModelFailed(
-            f"the file's tokenizer {kind!r} is not read; expected {' or '.join(builders)}"
+            f"the file's tokenizer {kind!r:.80} is not read; expected {' or '.join(builders)}"
         )
     with reported_failures():
         tokenizer = builders[kind](tokens, types, described)
@@ -107,7 +107,7 @@ def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
         }
         bos = names["bos_token"]
         # SentencePiece's tokenizers begin texts with BOS unless the file says otherwise.
-        if described.get("add_bos_token", kind == "llama") and bos is not None:
+        if _flag(described, "add_bos_token", default=kind == "llama") and bos is not None:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
             )
@@ -122,12 +122,19 @@ def _listed(described: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     return found if isinstance(found, list) and usable else []
 
 
+def _flag(described: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    found = described.get(key, default)
+    if not isinstance(found, bool):
+        raise ModelFailed(f"invalid {key} {found!r:.80}; expected true or false")
+    return found
+
+
 def _token_at(tokens: Sequence[str], token_id: object, name: str) -> str | None:
     if token_id is None:
         return None
-    if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+    if type(token_id) is int and 0 <= token_id < len(tokens):
         return tokens[token_id]
-    raise ModelFailed(f"invalid {name}_token_id {token_id!r}; expected 0 to {len(tokens) - 1}")
+    raise ModelFailed(f"invalid {name}_token_id {token_id!r:.80}; expected 0 to {len(tokens) - 1}")
 
 
 def _template(header: GGUFHeader, variables: Mapping[str, str]) -> ChatTemplate:
@@ -157,9 +164,11 @@ def _byte_level(
     merges, split = _listed(described, "merges", str), described.get("pre")
     if not isinstance(split, str) or split not in SPLITS:
         raise ModelFailed(
-            f"the file's tokenizer splits texts as {split!r}, which is not known; expected one of "
-            f"{', '.join(SPLITS)}; serve the folder with tokenizer.json that it was made from"
+            f"the file's tokenizer splits texts as {split!r:.80}, which is not known; expected one "
+            f"of {', '.join(SPLITS)}; serve the folder with tokenizer.json that it was made from"
         )
+    if not merges:
+        raise ModelFailed("the file's tokenizer has no merges: expected a list of texts")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise ModelFailed("the file's tokenizer has a merge that is not a pair of tokens")
@@ -187,7 +196,8 @@ def _sentence_piece(
     scores = _listed(described, "scores", float)
     if len(scores) != len(tokens):
         raise ModelFailed("the file's tokenizer has no scores")
-    if described.get("remove_extra_whitespaces") or described.get("precompiled_charsmap"):
+    spaces_removed = _flag(described, "remove_extra_whitespaces", default=False)
+    if spaces_removed or described.get("precompiled_charsmap"):
         raise ModelFailed("the file's tokenizer changes texts before it splits them; not read")
     pieces = {
         text: scores[i]
@@ -212,7 +222,7 @@ def _sentence_piece(
             byte_fallback=_Type.BYTE in types,
         )
     )
-    prefixed = described.get("add_space_prefix", True)
+    prefixed = _flag(described, "add_space_prefix", default=True)
     replaced = normalizers.Replace(" ", SPACE)
     prepended = [normalizers.Prepend(SPACE)] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*prepended, replaced])

@@ -159,7 +159,9 @@ def load(source: ModelSource, progress: LoadingProgress | None = None) -> Reside
         raise ModelFailed(f"{source.location}: {one_line(error)}") from error
     except Exception as error:  # a hostile folder can raise anything in transformers
         logger.debug("model %s broke while it was loaded", source.name, exc_info=True)
-        reason = f"transformers cannot build the model from config.json: {one_line(error)}"
+        gguf = Path(source.location).suffix == ".gguf"
+        described = "the file's settings" if gguf else "config.json"
+        reason = f"transformers cannot build the model from {described}: {one_line(error)}"
         raise ModelFailed(f"{source.location}: {reason}") from error
     return ResidentModel(
         name=source.name,

@@ -325,7 +325,7 @@ def limited_construction(n_tensors: int) -> Iterator[None]:
         parts += 1
         if parts > limit or time.monotonic() > deadline:
             raise ModelFailed(
-                f"{CONFIGURATION} describes a model of more than {parts - 1} modules and "
+                f"the configuration describes a model of more than {parts - 1} modules and "
                 f"parameters, but the weights hold only {n_tensors} tensors"
             )
 
@@ -344,12 +344,12 @@ def check_facts(facts: ModelFacts) -> None:
     """Refuse heads of size zero, and contexts that are empty or too long for a request."""
     if facts.n_heads and facts.d_head < 1:
         raise ModelFailed(
-            f"{CONFIGURATION} splits {facts.d_model} dimensions among {facts.n_heads} heads: "
+            f"the configuration splits {facts.d_model} dimensions among {facts.n_heads} heads: "
             "expected at least one dimension per head"
         )
     if not 0 < facts.max_positions <= MAX_POSITIONS:
         raise ModelFailed(
-            f"{CONFIGURATION} gives a context of {facts.max_positions} positions: expected 1 to "
+            f"the configuration gives a context of {facts.max_positions} positions: expected 1 to "
             f"{MAX_POSITIONS}"
         )
 
@@ -363,17 +363,17 @@ def check_sizes(skeleton: nn.Module, stored: Mapping[str, int]) -> None:
     described, held = sum(p.numel() for p in skeleton.parameters()), sum(stored.values())
     if described > MAX_EXCESS * held + MIB:
         raise ModelFailed(
-            f"{CONFIGURATION} describes {described} parameters, but the weights hold only {held}"
+            f"the configuration describes {described} parameters, but the weights hold only {held}"
         )
     computed = sum(buffer.numel() for buffer in skeleton.buffers())
     if computed > MAX_COMPUTED + MAX_EXCESS * held:
         raise ModelFailed(
-            f"{CONFIGURATION} describes {computed} values in buffers, but the weights hold only "
+            f"the configuration describes {computed} values in buffers, but the weights hold only "
             f"{held}"
         )
     name, largest = max(stored.items(), key=lambda entry: entry[1], default=("", 0))
     if largest > described + MIB:
         raise ModelFailed(
-            f"{CONFIGURATION} describes {described} parameters, but the tensor {name!r} alone "
+            f"the configuration describes {described} parameters, but the tensor {name!r} alone "
             f"holds {largest}"
         )
