@@ -134,8 +134,9 @@ SECONDS = 90
 class Entry(NamedTuple):
     """What became of a type: `served`, `refused`, or a model that transformers cannot build.
 
-    `kinds` and `levels` have the kind and the level of each layer, `error` is the largest of the
-    self-check, and `reason` says why a layer has less than level 3 or why there is no model.
+    `kinds` and `levels` have the kind and the level of each layer, and `heads` the layers that show
+    the heads of a mixer. `error` is the largest of the self-check, and `reason` says why a layer
+    has less than level 3 or why there is no model.
     """
 
     family: str
@@ -144,6 +145,7 @@ class Entry(NamedTuple):
     levels: tuple[int, ...] = ()
     error: float = 0.0
     reason: str = ""
+    heads: tuple[int, ...] = ()
 
 
 def entry(family: str) -> Entry:
@@ -168,7 +170,8 @@ def entry(family: str) -> Entry:
     reason = next((found.reason for found in model.view.levels if found.reason), "")
     config: Any = model.network.config.get_text_config()
     kinds = tuple(getattr(config, "layer_types", None) or ("",) * len(levels))
-    return Entry(family, state, kinds, levels, worst, reason)
+    heads = tuple(layer for layer in range(len(levels)) if model.view.mixer_heads(layer))
+    return Entry(family, state, kinds, levels, worst, reason, heads)
 
 
 def _save(family: str, folder: Path) -> str:
@@ -260,21 +263,25 @@ def table(entries: Iterable[Entry]) -> str:
 def _shown_levels(found: Entry) -> str:
     if not found.levels:
         return found.state
-    by_kind: dict[str, set[int]] = {}
-    for kind, level in zip(found.kinds, found.levels, strict=True):
-        by_kind.setdefault(kind, set()).add(level)
-    if len({level for levels in by_kind.values() for level in levels}) == 1:
-        return str(found.levels[0])
+    by_kind: dict[str, set[str]] = {}
+    for layer, (kind, level) in enumerate(zip(found.kinds, found.levels, strict=True)):
+        shown = f"{level} with heads" if layer in found.heads else str(level)
+        by_kind.setdefault(kind, set()).add(shown)
+    all_shown = {shown for each in by_kind.values() for shown in each}
+    if len(all_shown) == 1:
+        return all_shown.pop()
     return ", ".join(
-        f"{kind} {' and '.join(map(str, sorted(levels)))}".strip()
-        for kind, levels in by_kind.items()
+        f"{kind} {' and '.join(sorted(each))}".strip() for kind, each in by_kind.items()
     )
 
 
 def recorded() -> list[Entry]:
     """Read the rows of the last census."""
     rows = map(json.loads, RECORD.read_text().splitlines())
-    return [Entry(**row | {name: tuple(row[name]) for name in ("kinds", "levels")}) for row in rows]
+    lists = ("kinds", "levels", "heads")
+    return [
+        Entry(**row | {name: tuple(row[name]) for name in lists if name in row}) for row in rows
+    ]
 
 
 def record(entries: Iterable[Entry]) -> None:
