@@ -1,5 +1,8 @@
 # Januslens. `make` or `make help` lists the targets.
 
+# Every start of a server or of the command would compile their modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
