@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import grpc
 import pytest
@@ -77,66 +80,72 @@ def test_an_empty_estimate_names_what_is_missing(channel: grpc.Channel) -> None:
     assert answer.fields == ["request"]
 
 
-TIGHT = {
-    "max_request_seconds": "0.01",
-    "max_request_memory": "20MiB",
-    "max_request_stream": "10MB",
-}
-ALLOWED = {
-    "max_request_seconds": 0.01,
-    "max_request_memory": 20 * 2**20,
-    "max_request_stream": 10**7,
-}
+@dataclass(frozen=True)
+class LowLimit:
+    """A limit that a long trace exceeds: its setting, its figure, and its part of the message."""
+
+    setting: str
+    allowed: float
+    text: str
 
 
-@pytest.fixture(scope="module", params=TIGHT)
-def limited(request: pytest.FixtureRequest) -> Iterator[tuple[ServerProcess, str]]:
-    """A server with one low limit, and the name of the limit."""
-    limit = request.param
-    with running_server(f"--{limit.replace('_', '-')}", TIGHT[limit]) as server:
-        yield server, limit
+SECONDS = LowLimit("0.01", 0.01, "limit 0.01 s of device time (max_request_seconds)")
+MEMORY = LowLimit("20MiB", 20 * 2**20, "limit 20.0 MiB on the device (max_request_memory)")
+STREAM = LowLimit("10MB", 10**7, "limit 9.5 MiB for the response (max_request_stream)")
+LIMITED = [
+    {"max_request_seconds": SECONDS},
+    {"max_request_memory": MEMORY, "max_request_stream": STREAM},
+]
 
 
-def test_request_over_a_limit_is_refused_with_both_figures(
-    limited: tuple[ServerProcess, str],
+@pytest.fixture(scope="module", params=LIMITED, ids=" ".join)
+def limited(request: pytest.FixtureRequest) -> Iterator[tuple[ServerProcess, dict[str, LowLimit]]]:
+    """A server with low limits, and the limits."""
+    limits: dict[str, LowLimit] = request.param
+    flags = [(f"--{name.replace('_', '-')}", limit.setting) for name, limit in limits.items()]
+    with running_server(*chain.from_iterable(flags)) as server:
+        yield server, limits
+
+
+def test_request_over_limits_is_refused_with_both_figures_of_each(
+    limited: tuple[ServerProcess, dict[str, LowLimit]],
 ) -> None:
-    server, limit = limited
+    server, limits = limited
     with grpc.insecure_channel(server.address) as channel:
         answer = refused(channel, "Trace", long_trace(20))
         found = estimate(Stub(channel), long_trace(20))
         outputs = [trace_pb2.NODE_KIND_BLOCK_OUTPUT]
         cheap = trace_pb2.TraceRequest(input=prompt("x"), layers=[0], node_kinds=outputs)
-        if limit != "max_request_seconds":  # how fast this machine is, no test can know
+        if "max_request_seconds" not in limits:  # how fast this machine is, no test can know
             assert list(Stub(channel).Trace(cheap))[-1].HasField("summary")
     assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (answer.reason, answer.info.domain) == ("LIMIT_EXCEEDED", "januslens")
     assert answer.retry_after is None  # asking again would not help
-    shown = {
-        "max_request_seconds": f"limit 0.01 s of device time ({limit});",
-        "max_request_memory": f"limit 20.0 MiB on the device ({limit});",
-        "max_request_stream": f"limit 9.5 MiB for the response ({limit});",
-    }
-    assert shown[limit] in answer.text
-    if limit == "max_request_stream":
+    for limit in limits.values():
+        assert limit.text in answer.text
+    if "max_request_stream" in limits:
         assert f"estimated at up to {found.stream_bytes / 2**20:.1f} MiB, limit" in answer.text
     assert not found.admissible
-    (violation,) = found.exceeded
-    assert cost_pb2.CostLimit.Name(violation.limit) == f"COST_LIMIT_{limit.upper()}"
-    assert violation.allowed == ALLOWED[limit] < violation.estimated
     details = answer.detail(cost_pb2.LimitViolations)
     assert details is not None
-    assert [v.limit for v in details.violations] == [violation.limit]
+    for violations in (found.exceeded, details.violations):
+        names = [cost_pb2.CostLimit.Name(violation.limit) for violation in violations]
+        assert names == [f"COST_LIMIT_{name.upper()}" for name in limits]
+        for violation, limit in zip(violations, limits.values(), strict=True):
+            assert violation.allowed == limit.allowed < violation.estimated
 
 
-def test_a_request_over_several_limits_is_refused_with_all_of_them() -> None:
-    flags = ("--max-request-stream", "1KiB", "--max-request-memory", "1KiB")
-    with running_server(*flags) as server, Client(server.address) as client:
-        assert [v.limit for v in client.estimate_trace("a").exceeded] == [
-            "max_request_memory",
-            "max_request_stream",
-        ]
-        with pytest.raises(
-            LimitExceeded, match=r"max_request_memory.*max_request_stream"
-        ) as caught:
-            client.trace("a")
-    assert [v.allowed for v in caught.value.limit_violations] == [1024, 1024]
+def test_the_client_names_every_exceeded_limit(
+    limited: tuple[ServerProcess, dict[str, LowLimit]],
+) -> None:
+    server, limits = limited
+    # As `long_trace`.
+    prompt_ids = range(300, 320)
+    everything: dict[str, Any] = {"heads": 0, "memory_values": 0, "top_neurons": 0}
+    with Client(server.address) as client:
+        found = client.estimate_trace(prompt_ids, positions="all", vectors=True, **everything)
+        assert [violation.limit for violation in found.exceeded] == list(limits)
+        with pytest.raises(LimitExceeded, match=".*".join(limits)) as caught:
+            client.trace(prompt_ids, positions="all", vectors=True, **everything)
+    allowed = [limit.allowed for limit in limits.values()]
+    assert [v.allowed for v in caught.value.limit_violations] == allowed

@@ -137,6 +137,13 @@ def test_the_image_is_healthy_while_its_server_is_ready(server: ServerProcess) -
     assert docker_healthcheck(server.address).returncode == 0
 
 
+def test_the_health_check_does_not_import_torch() -> None:
+    """Importing torch takes seconds, and the check runs every 15 s with a timeout of 10 s."""
+    program = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", program, str(DEPLOY / "healthcheck.py")]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
 def test_the_image_is_unhealthy_without_a_server() -> None:
     checked = docker_healthcheck("127.0.0.1:1")
     assert checked.returncode == 1
