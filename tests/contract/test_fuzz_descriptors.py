@@ -56,9 +56,21 @@ SCALARS: dict[str, st.SearchStrategy[Any]] = {
 @cache
 def messages(descriptor: Any) -> st.SearchStrategy[Message]:
     """Return arbitrary messages of a type: each field set or not, at most one field per oneof."""
-    fields = {field.name: values(field) for field in descriptor.fields}
-    kind = descriptor._concrete_class
-    return st.fixed_dictionaries({}, optional=fields).map(lambda chosen: kind(**chosen))
+    # An optional scalar has a oneof of its own.
+    oneofs = {oneof.name: oneof.fields for oneof in descriptor.oneofs if len(oneof.fields) > 1}
+    exclusive = {field.name for fields in oneofs.values() for field in fields}
+    parts = {
+        field.name: values(field) for field in descriptor.fields if field.name not in exclusive
+    }
+    for name, fields in oneofs.items():
+        parts[name] = st.one_of(*(st.tuples(st.just(f.name), values(f)) for f in fields))
+    kind: type[Message] = descriptor._concrete_class
+
+    def built(chosen: dict[str, Any]) -> Message:
+        named = (chosen[part] if part in oneofs else (part, chosen[part]) for part in chosen)
+        return kind(**dict(named))
+
+    return st.fixed_dictionaries({}, optional=parts).map(built)
 
 
 def values(field: Any) -> st.SearchStrategy[Any]:

@@ -51,26 +51,26 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
 
 def _load(server: ServerProcess, prometheus: Prometheus) -> None:
     """Send every kind of call, four at a time, for the duration of some scrapes."""
+    _wait_for_scrapes(prometheus, 1)  # Prometheus needs five seconds to discover its targets
     over = threading.Event()
     with ThreadPoolExecutor(4) as pool:
         callers = [pool.submit(_call_until, over, server.address) for _ in range(4)]
         try:
-            _wait_for_scrapes(prometheus)
+            _wait_for_scrapes(prometheus, SCRAPES)
         finally:
             over.set()
         for caller in callers:
             caller.result()
 
 
-def _wait_for_scrapes(prometheus: Prometheus) -> None:
-    """Wait for the scrapes; Prometheus needs five seconds to discover its targets."""
+def _wait_for_scrapes(prometheus: Prometheus, count: int) -> None:
     deadline = time.monotonic() + 60
     while True:
         counted = prometheus.query("count_over_time(up[1m])")
-        if counted and float(counted[0]["value"][1]) >= SCRAPES:
+        if counted and float(counted[0]["value"][1]) >= count:
             return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"expected {SCRAPES} scrapes, got {counted}; {prometheus.targets()}")
+            raise TimeoutError(f"expected {count} scrapes, got {counted}; {prometheus.targets()}")
         time.sleep(0.2)
 
 
