@@ -67,6 +67,13 @@ CASES = {
     ),
     "phi3": Case("phi3", "gguf", WIDE | {"num_key_value_heads": 2, "sliding_window": 4}),
     "granite": Case("granite", "gguf", WIDE | GRANITE_MULTIPLIERS | {"num_key_value_heads": 2}),
+    "granitemoe": Case(
+        "granitemoe",
+        "gguf",
+        WIDE
+        | GRANITE_MULTIPLIERS
+        | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "smollm3": Case(
         "smollm3",
         "gguf",
@@ -138,7 +145,7 @@ def settings_of(family: str, case: Case) -> dict[str, Any]:
     found["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
     if family == "phi3":
         found["attention.sliding_window"] = config.sliding_window
-    if family == "granite":
+    if family in {"granite", "granitemoe"}:
         found |= {
             "attention.scale": config.attention_multiplier,
             "embedding_scale": config.embedding_multiplier,
@@ -178,8 +185,12 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
             continue
         stem, _, suffix = parameter.rpartition(".")
         array = values.numpy()
+        if family == "granitemoe":  # newer names than those that the library knows
+            stem = stem.replace("block_sparse_moe.experts", "mlp.experts")
+            stem = stem.replace("router", "router.layer")
         name = f"{names.get_name(stem)}.{suffix}"
-        if family in {"granite", "llama", "smollm3"} and ("attn_q." in name or "attn_k." in name):
+        rotated = family in {"granite", "granitemoe", "llama", "smollm3"}
+        if rotated and ("attn_q." in name or "attn_k." in name):
             config = network.config
             heads = config.num_attention_heads
             heads = heads if "attn_q." in name else config.num_key_value_heads

@@ -45,6 +45,7 @@ FAMILIES = {
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
     "granite": "granite",
+    "granitemoe": "granitemoe",
     "llama": "llama",
     "olmo2": "olmo2",
     "olmoe": "olmoe",
@@ -84,14 +85,17 @@ EXPERTS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_used_count": "num_experts_per_tok",
 }
+LOCAL_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "logit_scale": "logits_scaling",
+    "residual_scale": "residual_multiplier",
+}
 OWN_ATTRIBUTES = {
-    "granite": {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "logit_scale": "logits_scaling",
-        "residual_scale": "residual_multiplier",
-    },
-    "llama": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    "granite": GRANITE,
+    "granitemoe": GRANITE | LOCAL_EXPERTS,
+    "llama": LOCAL_EXPERTS,
     "olmoe": {key: EXPERTS[key] for key in ("expert_count", "expert_used_count")},
     "qwen2moe": EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     "qwen3moe": EXPERTS,
@@ -131,13 +135,22 @@ LLAMA_3: Mapping[str, Any] = {
 }
 # The stored names of matrices that transformers stores as one parameter for all experts.
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# Modules of Granite's mixtures by a name that the `gguf` library knows.
+RENAMED = {
+    ".block_sparse_moe.router": ".block_sparse_moe.router.layer",
+    ".block_sparse_moe.experts": ".mlp.experts",
+}
 # Architectures whose queries and keys are stored with neighbouring rows rotated together.
-NEIGHBOURS = {"granite", "llama", "smollm3"}
+NEIGHBOURS = {"granite", "granitemoe", "llama", "smollm3"}
 # Architectures whose norms are stored with the 1 that the model adds.
 NORMS_WITH_ONE = {"gemma", "gemma2", "gemma3"}
 REQUIRED = {"block_count", "context_length", "embedding_length", "attention.head_count"}
 # Settings for which transformers would use a value of its own. The epsilon of norms is another one.
-OWN_REQUIRED = {"gemma3": {"attention.sliding_window"}, "granite": set(OWN_ATTRIBUTES["granite"])}
+OWN_REQUIRED = {
+    "gemma3": {"attention.sliding_window"},
+    "granite": set(GRANITE),
+    "granitemoe": set(GRANITE | LOCAL_EXPERTS),
+}
 LAYER_NORMS = {"gpt2", "starcoder2"}  # all others have RMSNorm
 DEFAULT_BASE = 1e4  # of rotary embeddings in files without rope.freq_base, as in llama.cpp
 UNEMBEDDING = "output.weight"
@@ -538,6 +551,8 @@ def read_weights(
 def _sources(parameter: str, names: Any) -> list[str]:
     """Return the stored tensors of a parameter; several for a stack of experts' matrices."""
     stem, _, suffix = parameter.rpartition(".")
+    for module, known in RENAMED.items():
+        stem = stem.replace(module, known)
     if stem.endswith(".experts"):
         return [f"{names.get_name(f'{stem}.{part}')}.weight" for part in STACKED.get(suffix, ())]
     stored = names.get_name(stem)
