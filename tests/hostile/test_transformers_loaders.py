@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
@@ -18,6 +16,7 @@ import pytest
 import transformers
 
 from januslens_server.models.vetting import ALLOWED_IMPLEMENTATIONS, DESCRIPTIONS, REFUSED_KEYS
+from tests.support.forked import printed
 from tests.support.model_folders import healthy
 
 ROOT = Path(transformers.__file__).parent
@@ -233,8 +232,7 @@ def test_loading_opens_only_checked_files(tmp_path: Path) -> None:
         f"load(ModelSource('demo', {str(folder)!r}))\n"
         f"print(*(Path(n).name for n in opened if n.startswith({str(folder)!r})))\n"
     )
-    run = [sys.executable, "-c", program]
-    opened = set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+    opened = set(printed(program).split())
     assert {"config.json", "tokenizer.json", "special_tokens_map.json"} <= opened
     assert {Path(name).suffix for name in opened} <= DESCRIPTIONS | {".safetensors"}
 

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from januslens.v1 import models_pb2, trace_pb2
 from januslens_server.access.callers import new_token, token_hash
 from januslens_server.demo import model_path
+from tests.integration.test_starting import ended
 from tests.support.calls import SERVICE, Refusal, long_trace, methods, prompt, refusal, started
 from tests.support.certificates import replace
 from tests.support.metrics import sample
@@ -310,13 +311,6 @@ def test_make_token_prints_a_valid_file_entry() -> None:
 def test_an_invalid_file_ends_the_server_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "callers.yaml"
     path.write_text("callers: 3")
-    ended = subprocess.run(
-        [sys.executable, "-m", "januslens_server", "--port=0", f"--callers={path}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
+    status, (line,) = ended("--port=0", "--metrics-port=0", f"--callers={path}")
+    assert status == 1
     assert line == f"januslens-server: cannot serve: {path}: invalid callers: expected a list"

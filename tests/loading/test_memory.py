@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from januslens_server.models.loader import load
 from januslens_server.models.placement import CHUNKS_AT_WORK, MemoryNeed, memory_needed, place
 from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.loading.folders import room_for, saved, weight_bytes
+from tests.support.forked import printed
 
 GIB = 2**30
 TIED = Case("gpt2", "tied", {"tie_word_embeddings": True})
@@ -250,10 +249,7 @@ def test_ulimit_of_the_process_limits_free_memory() -> None:
         "resource.setrlimit(limit, (size, size)); print(free_memory())"
     )
     for limit in ("RLIMIT_DATA", "RLIMIT_AS"):
-        ran = subprocess.run(
-            [sys.executable, "-c", program, limit], capture_output=True, text=True, check=True
-        )
-        assert 0 <= int(ran.stdout) < 3 * 2**30
+        assert 0 <= int(printed(program, limit)) < 3 * 2**30
 
 
 @pytest.mark.gpu

@@ -79,6 +79,30 @@ class ForkedServer:
         self.send_signal(signal.SIGKILL)
 
 
+def printed(program: str, *arguments: str) -> str:
+    """Run a Python program in a forked process, and return what it prints; raises if it fails."""
+    result, output = context().Pipe(duplex=False)
+    process = context().Process(target=_execute, args=(program, arguments, output))
+    with result, output:
+        process.start()
+        output.close()
+        with os.fdopen(os.dup(result.fileno()), encoding="utf-8") as stream:
+            text = stream.read()
+    process.join()
+    if process.exitcode != 0:
+        raise subprocess.CalledProcessError(process.exitcode or 0, program, text)
+    return text
+
+
+def _execute(program: str, arguments: tuple[str, ...], output: Connection) -> None:
+    """Become the program: its arguments and output."""
+    with output:
+        os.dup2(output.fileno(), 1)
+    sys.argv = ["-c", *arguments]
+    exec(program, {"__name__": "__main__"})  # noqa: S102 - a test's own program
+    sys.stdout.flush()
+
+
 def _serve(arguments: list[str], environment: Mapping[str, str], output: Connection) -> None:
     """Become the server: its arguments, environment, output and end with the forking process."""
     from januslens_server.__main__ import main
