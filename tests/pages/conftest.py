@@ -52,11 +52,10 @@ def browser() -> Iterator[Browser]:
         yield playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
 
 
-@pytest.fixture
-def tab(browser: Browser) -> Iterator[Page]:
-    """A page to load a file into; the test fails if it logs or requests anything."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    page = context.new_page()
+@pytest.fixture(scope="package")
+def shared_tab(browser: Browser) -> Iterator[tuple[Page, list[str]]]:
+    """One page for all tests, as another one takes as long to open as a file; and what it says."""
+    page = browser.new_page()
     complaints: list[str] = []
 
     def logged(message: ConsoleMessage) -> None:
@@ -66,14 +65,25 @@ def tab(browser: Browser) -> Iterator[Page]:
         complaints.append(f"raised: {error}")
 
     def asked(request: Request) -> None:
-        if not request.url.startswith(("file:", "data:", "blob:")):
+        if not request.url.startswith(("file:", "data:", "blob:", "about:")):
             complaints.append(f"asked for {request.url}")
 
     page.on("console", logged)
     page.on("pageerror", raised)
     page.on("request", asked)
+    yield page, complaints
+    page.context.close()
+
+
+@pytest.fixture
+def tab(shared_tab: tuple[Page, list[str]]) -> Iterator[Page]:
+    """An empty page to load a file into; the test fails if it logs or requests anything."""
+    page, complaints = shared_tab
+    complaints.clear()
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.emulate_media(media="null", color_scheme="light", forced_colors="none")
     yield page
-    context.close()
+    page.goto("about:blank")  # a link to another state of the same file would not load it anew
     assert complaints == []
 
 

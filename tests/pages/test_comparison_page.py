@@ -24,12 +24,18 @@ def compared(demo: Traced, server_address: str) -> Iterator[TraceComparison]:
         yield demo.trace.compare(client.trace(OTHER, target.text))
 
 
-@pytest.fixture
-def opened(tab: Page, compared: TraceComparison, tmp_path: Path) -> Page:
-    path = tmp_path / "comparison.html"
+@pytest.fixture(scope="module")
+def page(compared: TraceComparison, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of the page."""
+    path = tmp_path_factory.mktemp("comparison") / "comparison.html"
     path.write_text(compared.to_html(), encoding="utf-8")
-    tab.goto(path.as_uri())
-    wait_until(tab, "document.documentElement.dataset.ready === 'complete'")
+    return path.as_uri()
+
+
+@pytest.fixture
+def opened(tab: Page, page: str) -> Page:
+    tab.goto(page)
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
     return tab
 
 

@@ -440,7 +440,6 @@ def test_printed_page_is_light_with_complete_pictures(tab: Page, page: str) -> N
     )
     assert max(edges) <= 700
     expect(tab.get_by_role("toolbar")).to_be_hidden()
-    tab.emulate_media(media="screen")
 
 
 def test_printed_table_of_a_preview_fits_on_the_sheet(tab: Page, page: str) -> None:
@@ -478,7 +477,6 @@ def test_forced_colours_keep_pictures_and_bars(tab: Page, page: str) -> None:
     assert fill != ink
     bar = tab.locator(".inspector .bar").first
     assert bar.evaluate("b => getComputedStyle(b).backgroundColor") == "rgb(108, 127, 153)"
-    tab.emulate_media(forced_colors="none")
 
 
 def test_hostile_tokens_are_text(tab: Page, gradient: januslens.Gradient, tmp_path: Path) -> None:

@@ -554,8 +554,8 @@ def pages_of(pdf: bytes) -> list[tuple[float, float]]:
 
 
 def test_pdf_is_one_sheet_of_the_figure(tab: Page, demo: Traced) -> None:
-    tab.add_init_script("window.print = () => {}")  # a browser without a window has no dialog
     opened(tab, demo)
+    tab.evaluate("window.print = () => {}")  # a browser without a window has no dialog
     tab.get_by_role("button", name="Export", exact=True).click()
     tab.get_by_label("Size").select_option("page")
     tab.get_by_role("button", name="PDF", exact=True).click()

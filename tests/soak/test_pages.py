@@ -18,12 +18,12 @@ import pytest
 from playwright.sync_api import Page
 
 import januslens
-from tests.pages.conftest import ELAPSED, browser, tab, wait_until
+from tests.pages.conftest import ELAPSED, browser, shared_tab, tab, wait_until
 from tests.pages.models import HOSTILE, random_gpt2
 from tests.support.axe import serious_findings
 from tests.support.server import running_server
 
-__all__ = ["browser", "tab"]  # fixtures
+__all__ = ["browser", "shared_tab", "tab"]  # fixtures
 
 LAYERS, POSITIONS = 30, 2048
 LENGTHS = (1, 10, 60, 350, 2000)
