@@ -49,6 +49,7 @@ export function decimals(value: number, digits: number): string {
 
 /** An integer with thin spaces between thousands. */
 export function count(value: number): string {
+  if (!Number.isFinite(value)) return NOT_FINITE
   return String(value).replace(/\B(?=(\d{3})+$)/g, '\u2009')
 }
 
