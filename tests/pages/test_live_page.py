@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -46,36 +47,57 @@ def running_deep(random_server: ServerProcess) -> Iterator[LivePage]:
         yield page
 
 
+@dataclass(frozen=True)
+class Shared:
+    """One page for all tests, as in `conftest`, with what it says and the addresses it asks for."""
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def shared(browser: Browser) -> Iterator[Shared]:
+    context = browser.new_context(viewport={"width": 1600, "height": 1000}, accept_downloads=True)
+    context.add_init_script(RECORD_LAYERS)
+    shared = Shared(context.new_page())
+    shared.page.set_default_timeout(60_000)
+    shared.page.on("console", lambda message: shared.complaints.append(message.text))
+    shared.page.on("pageerror", lambda error: shared.complaints.append(f"raised: {error}"))
+    shared.page.on("request", lambda request: shared.requests.append(request.url))
+    yield shared
+    context.close()
+
+
 @pytest.fixture
-def live(browser: Browser, running: LivePage) -> Iterator[Page]:
+def live(shared: Shared, running: LivePage) -> Iterator[Page]:
     """The opened page; the test fails if it logs anything or sends requests to another server."""
-    with opened(browser, running, "demo") as page:
+    with opened(shared, running, "demo") as page:
         yield page
 
 
 @pytest.fixture
-def deep(browser: Browser, running_deep: LivePage) -> Iterator[Page]:
+def deep(shared: Shared, running_deep: LivePage) -> Iterator[Page]:
     """The opened page, as `live`, for the model with twelve layers and 50,257 tokens."""
-    with opened(browser, running_deep, "random") as page:
+    with opened(shared, running_deep, "random") as page:
         yield page
 
 
 @contextmanager
-def opened(browser: Browser, running: LivePage, model: str) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1600, "height": 1000}, accept_downloads=True)
-    context.add_init_script(RECORD_LAYERS)
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(f"raised: {error}"))
-    own = (running.origin, "data:", "blob:")
-    page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith(own) else None)
+def opened(shared: Shared, running: LivePage, model: str) -> Iterator[Page]:
+    """Open the page as in a new browser, without a token or a history of questions."""
+    page = shared.page
     page.goto(running.address)
     page.get_by_label("Model").select_option(model)
     yield page
-    context.close()
+    complaints, requests = shared.complaints.copy(), shared.requests.copy()
+    page.evaluate("sessionStorage.clear()")
+    page.goto("about:blank")
+    shared.complaints.clear()
+    shared.requests.clear()
     assert complaints == []
+    own = (running.origin, "data:", "blob:", "about:")
+    assert [url for url in requests if not url.startswith(own)] == []
 
 
 def panel(live: Page, number: int = 0) -> tuple[Locator, FrameLocator]:
