@@ -16,6 +16,7 @@ import januslens
 from januslens import _presentation as presentation
 from januslens.v1 import common_pb2
 from januslens.viewer.html import gradient_page, trace_page
+from tests.client import presentation_fixtures as fixtures
 from tests.pages.conftest import ELAPSED, PROMPT, Traced, exported, wait_until
 from tests.pages.models import HOSTILE
 from tests.support.axe import serious_findings
@@ -725,6 +726,24 @@ def test_headers_name_the_weights_and_the_limited_layers(
         expect(tab.locator(".story")).to_contain_text(
             "Layer 1: residual stream, mamba (state space) only (unknown mixer)."
         )
+
+
+def test_heads_of_a_mixer_are_rows_of_its_panel(tab: Page, demo: Traced, tmp_path: Path) -> None:
+    stream = fixtures.stream_of(fixtures.with_mixer_heads())
+    stream[0].header.limited_layers.extend(fixtures.sublayers(0))
+    path = tmp_path / "mixer.html"
+    path.write_text(trace_page(stream, (), demo.trace.prompt_tokens), encoding="utf-8")
+    opened(tab, Traced(demo.trace, demo.trace, path))
+    detail = tab.locator("svg.detail")
+    for text in ("Mixer", "2 heads", "head 0", "head output", "after the mixer", "75 %", "25 %"):
+        expect(detail.get_by_text(text, exact=True).first).to_be_visible()
+    for absent in ("Attention", "query", "source"):
+        expect(detail.get_by_text(absent, exact=True)).to_have_count(0)
+    chips = [detail.locator(f'[data-id="L0/p1/MIXER_HEAD/h{head}"].chip') for head in (0, 1)]
+    upper, lower = (chip.bounding_box() for chip in chips)
+    assert upper
+    assert lower
+    assert upper["height"] <= lower["y"] - upper["y"] < 2 * upper["height"]
 
 
 def test_saved_names_are_a_part_of_the_page(tab: Page, demo: Traced, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ export function placeAttention(
           [columns.output, 'head output'],
         ],
   )
-  const extra = extraHeight(block, shown, filter, at.bar)
+  const extra = ofMixer ? 0 : extraHeight(block, shown, filter, at.bar)
   const rows: Stacked[] = []
   let y = at.y + HEAD
   for (const row of shown) {
@@ -113,6 +113,7 @@ function columnsIn(at: Place): Columns {
 }
 
 function linesOf(row: HeadRow, filter: Filter): number {
+  if (row.node.kind === 'MIXER_HEAD') return 1 // it has neither a query nor sources
   const last = hasRest(row, filter) || row.outputRows.length > 0 // both are in the last line
   return Math.max(2, row.sources.length + (last ? 1 : 0))
 }

@@ -100,7 +100,9 @@ function stopsOf(width: number, model: LayerModel, attention: Placed['joint']): 
   if (model.mid) {
     const under = attention ? attention.x - WIDTH / 2 : end
     const x = under < end - WIDTH - 40 ? under : (end - WIDTH) / 2
-    stops.push({ node: model.mid, x, label: 'after attention', kept: model.keptByMid })
+    const mixed = model.attention.output?.kind === 'MIXER_OUTPUT'
+    const label = mixed ? 'after the mixer' : 'after attention'
+    stops.push({ node: model.mid, x, label, kept: model.keptByMid })
   }
   if (model.after) {
     const label = model.mid ? 'after the MLP' : 'after the block'
