@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import ssl
 from collections import Counter
@@ -251,4 +252,6 @@ async def test_memory_stops_growing_and_results_stay_equal(soak: Soak) -> None:
     assert max(open_files(process) for process in members(soak.server)) < 100
     for gauge in ("januslens_queue_depth", "januslens_in_flight"):
         assert sample(soak.server, gauge) == 0
+    # No process has ended by itself.
+    assert re.findall(r"ended with status (\d+)", soak.server.log) == ["137"] * len(KILLED_AFTER)
     assert "Traceback" not in soak.server.log
