@@ -150,6 +150,8 @@ def _lens(trace: Trace, ax: Axes | None, position: int | None) -> Figure:
     ax.set_yscale("log")
     ax.invert_yaxis()
     ax.set_xlabel("blocks passed")
+    ticker = require("matplotlib.ticker", "figures", "a figure")
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     ax.set_ylabel("rank, from 1", color=_ANSWER)
     beside = ax.twinx()
     probabilities = [read.target_probability or 0.0 for _, read in steps]
@@ -242,15 +244,17 @@ def gradient_figure(gradient: Gradient, ax: Axes | None, *, kind: MatrixKind | N
             tokens = read if matrix.projected_side is Side.INPUT else component.promoted
             texts[row][component.position] = str(tokens[0]) if tokens else ""
     what = "top token of x" if matrices[0].projected_side is Side.INPUT else "most promoted token"
-    largest = float(np.nanmax(values)) if not np.isnan(values).all() else 1.0
+    norms = ((position, float(norm)) for (_, position), norm in np.ndenumerate(values))
+    largest, beyond = presentation.norm_limit(norms, gradient.prompt_tokens)
+    note = f" ({beyond})" if beyond else ""
     columns = [
         presentation.token_at(position, gradient.prompt_tokens) for position in range(shape[1])
     ]
     return _grid(
         ax,
         (values, [str(layer) for layer in layers], columns, texts),
-        (_colours("norms", _NORMS), _scale(0.0, largest)),
-        (f"{chosen}: |δ|, and the {what}", "layer", ""),
+        (_colours("norms", _NORMS), _scale(0.0, largest or 1.0)),
+        (f"{chosen}: |δ|{note}, and the {what}", "layer", ""),
     )
 
 

@@ -352,7 +352,8 @@ def _factor_grid(gradient: Gradient, kind: MatrixKind | str) -> Element:
         for matrix in matrices
         for part in sorted(matrix.components, key=lambda part: part.size)
     }
-    largest = max((part.vjp_norm for part in found.values()), default=0.0)
+    norms = ((position, part.vjp_norm) for (_, position), part in found.items())
+    largest, beyond = presentation.norm_limit(norms, gradient.prompt_tokens)
     layers = sorted({matrix.layer for matrix in matrices}, reverse=True)
     made = table(
         presentation.factor_title(matrices[0]),
@@ -377,6 +378,7 @@ def _factor_grid(gradient: Gradient, kind: MatrixKind | str) -> Element:
     says = "x's top token" if imprint else "↑ the token that a descent step promotes most, ↓ the"
     says += "" if imprint else " one that it suppresses most"
     scale = f"colour: |δ|, square-root scale, 0 to {presentation.measure(largest)}"
+    scale += f", {beyond}" if beyond else ""
     return element("div", made, note(f"{says}; {scale}"))
 
 

@@ -167,6 +167,27 @@ _NORM_COLOURS: tuple[Rgb, ...] = (
 )
 
 
+_FAR = 2  # times the largest norm of the other positions
+
+
+def norm_limit(norms: Iterable[tuple[int, float]], prompt: Sequence[Token]) -> tuple[float, str]:
+    """Return the end of the scale of norms by position, and a note on a position beyond it.
+
+    One position other than the last that is far beyond all others, such as the attention sink, does
+    not set the end: `(33.0, "<bos> (0) up to 317")`.
+    """
+    largest: dict[int, float] = {}
+    for position, norm in norms:
+        if math.isfinite(norm):
+            largest[position] = max(largest.get(position, 0.0), norm)
+    ranked = sorted(largest.items(), key=lambda item: item[1], reverse=True)
+    position, value = ranked[0] if ranked else (0, 0.0)
+    second = ranked[1][1] if len(ranked) > 1 else 0.0
+    if position != len(prompt) - 1 and 0 < _FAR * second < value:
+        return second, f"{token_at(position, prompt)} up to {measure(value)}"
+    return value, ""
+
+
 def norm_part(norm: float, largest: float) -> float:
     """Return a norm's place, 0 to 1, on a square-root scale from 0 to the largest norm."""
     return math.sqrt(min(1.0, max(0.0, norm / largest))) if largest > 0 else 0.0

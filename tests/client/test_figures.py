@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,7 @@ def test_lens_has_the_rank_and_probability_after_every_step(trace: Trace) -> Non
     (line,) = ax.lines
     places, ranks = line.get_data()
     assert list(places) == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
     assert [rank - 1 for rank in ranks[1:]] == [read.target_rank for read in steps if read]
     (area,) = beside.collections
     top = area.get_paths()[0].vertices[:, 1].max()
@@ -102,6 +104,26 @@ def test_gradient_has_norms_and_promoted_tokens(gradient: Gradient) -> None:
                     texts[place].rstrip("…")
                     == str(part.promoted[0])[: 8 if "…" in texts[place] else 9]
                 )
+
+
+def test_one_position_with_far_larger_norms_does_not_set_the_scale(gradient: Gradient) -> None:
+    lines = [json.loads(line) for line in gradient.to_json_lines()]
+    for matrix in (line["matrix"] for line in lines if "matrix" in line):
+        for part in matrix["components"]:
+            if part.get("position", 0) == 1:
+                part["vjpNorm"] = 1e3 * part.get("vjpNorm", 0)
+    scaled = januslens.read_gradient(map(json.dumps, lines))
+    norms = [
+        part.vjp_norm
+        for matrix in scaled.of_kind(januslens.MatrixKind.FF2)
+        for part in matrix.components
+        if part.position != 1
+    ]
+    ax = axes(scaled.figure("FF2"))[0]
+    assert ax.images[0].get_clim() == pytest.approx((0, max(norms)))
+    assert "␣capital (1) up to " in ax.get_title("left")
+    assert ", ␣capital (1) up to " in scaled._repr_html_()
+    assert "up to" not in axes(gradient.figure("FF2"))[0].get_title("left")
 
 
 def test_texts_are_not_read_as_formulas_and_axes_can_be_given(trace: Trace, tmp_path: Path) -> None:
