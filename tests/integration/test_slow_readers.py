@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
 from januslens_server.rpc.call import ERROR_SECONDS
 from tests.support.calls import long_trace, prompt, refusal, refused, started
+from tests.support.in_process import loaded, served
 from tests.support.memory import resident_bytes
 from tests.support.metrics import unfinished, wait_until_idle
 from tests.support.server import ServerProcess, running_server
@@ -92,6 +94,17 @@ def test_a_stalled_reader_is_aborted_with_the_reason(impatient: ServerProcess) -
     assert (answer.reason, answer.info.domain) == ("READER_STALLED", "januslens")
     assert answer.retry_after is None
     assert "not read for 2 s" in answer.text
+
+
+async def test_a_result_is_freed_while_its_messages_are_not_read() -> None:
+    async with served(loaded()) as stub:
+        call = stub.Trace(long_trace(40))
+        assert (await call.read()).HasField("header")
+        assert (await call.read()).HasField("layer")
+        # Megabytes of the first layer's messages are not read, so the next one is not computed.
+        found = {type(item).__name__ for item in gc.get_objects()}
+        call.cancel()
+    assert not {"LayerGraph", "_Unread"} & found
 
 
 def test_unread_streams_beyond_the_limit_on_bytes_are_ended() -> None:

@@ -63,9 +63,11 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
                 graphs += reader.start()()
         nodes += sum(len(graph.nodes) for graph in graphs)
         edges += sum(len(graph.edges) for graph in graphs)
-        yield from graphs
         if not graphs:
             yield None
+        del read  # and the tensors of the graphs with it: a slow caller keeps memory otherwise
+        while graphs:
+            yield graphs.pop(0)
     whole = spec.contributes and len(layers) == model.view.facts.n_layers
     # The summary has a constant only if a single position is traced.
     single = spec.contributes and len(targets) == 1

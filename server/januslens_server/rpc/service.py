@@ -6,7 +6,6 @@ All handlers have the same steps: open a `Call`, decode the request, run it, enc
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -353,11 +352,13 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         generated = 0
         run = partial(pipeline, request)
         try:
-            async with aclosing(self._device.results(run, queued, call)) as results:
-                async for result in results:
+            async with self._device.running(run, queued, call) as buffer:
+                async for result in buffer.items():
                     call.note(**result_sizes(result))
                     generated += isinstance(result, GeneratedToken)
-                    yield result
+                    held = [result]
+                    del result
+                    yield held.pop()  # only the reader keeps the result in memory
         finally:
             self._quotas.settle(
                 current_caller(), queued.spent - cost.seconds, generated - cost.generated

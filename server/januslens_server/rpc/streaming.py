@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -61,10 +62,11 @@ class DeviceStreams:
             return False
         return True
 
-    async def results(
+    @asynccontextmanager
+    async def running(
         self, run: Run[Result], request: QueuedRequest, call: Call
-    ) -> AsyncGenerator[Result]:
-        """Run a pipeline and yield its results; closing the iterator cancels the pipeline.
+    ) -> AsyncGenerator[ResultBuffer[Result]]:
+        """Run a pipeline and give the buffer of its results; leaving cancels the pipeline.
 
         When the request is in the queue, the call's headers are sent, and then its place in the
         queue if the caller asked for that.
@@ -78,8 +80,7 @@ class DeviceStreams:
                 await call.send_headers()
                 if call.reports_waiting:
                     await self._report_waiting(request, buffer, call)
-                async for result in buffer.items():
-                    yield result
+                yield buffer
             finally:
                 self._count(-1)
                 del self._open[request]
@@ -121,10 +122,12 @@ class DeviceStreams:
         async with aclosing(results):
             async for result in results:
                 work = partial(_serialized, encode, result)
-                messages = await ENCODING.run(call.request_id, work)
+                messages = deque(await ENCODING.run(call.request_id, work))
+                del result, work  # the caller may read the messages late, or never
                 stream = self._open[call.queued]
                 stream.count(sum(map(len, messages)))
-                for message in messages:
+                while messages:
+                    message = messages.popleft()
                     with meter.message(), stream.writing():
                         await write_within(
                             call.context, message, self._stall_seconds, stream.evicted

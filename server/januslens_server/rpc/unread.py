@@ -1,7 +1,8 @@
 """Bound the results that are computed but not read, in bytes over all streams.
 
-A stream that its caller does not read keeps results in its buffer and encoded messages, up to some
-11 MiB, until it is aborted. The number of such streams is bounded only by the limits on connections
+A stream that its caller does not read keeps results in its buffer or encoded messages, and its
+pipeline keeps what the next result needs: for a long trace of the demo some 18 MiB in all, until it
+is aborted. The number of such streams is bounded only by the limits on connections
 and calls. So above a number of bytes, the streams that have not been read for the longest are
 ended, first those of the caller with the most unread bytes.
 """

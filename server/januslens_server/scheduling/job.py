@@ -159,10 +159,14 @@ class ResultBuffer(Generic[T]):
         return True
 
     async def items(self) -> AsyncIterator[T]:
-        """Yield all items in order; raise the error that the producer closed with."""
+        """Yield all items in order; raise the error that the producer closed with.
+
+        An item counts until the next one is requested, but only the reader keeps it in memory.
+        """
         while (entry := await self._items.get()) is not None:
-            item, size = entry
-            yield item
+            held, size = [entry[0]], entry[1]
+            del entry
+            yield held.pop()
             self._release(size)
         # An error's traceback refers to tensors, so do not keep a reference to the error.
         error, self._error = self._error, None
