@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from januslens_server.errors import InvalidRequest
+from januslens_server.pipelines.cost import demand_of
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import Edge, EdgeKind, LayerGraph, NodeKind
@@ -220,6 +221,25 @@ def test_heads_are_selected_by_the_requests_score(by: Criterion) -> None:
         bias = whole(case)[0][f"L0/p{position}/OTHER/MIXER_OUTPUT"]
         close(vectors[f"L0/p{position}/OTHER/MIXER_OUTPUT"], outputs[left].sum(0) + bias)
     assert all(total == pytest.approx(1, abs=1e-4) for total in total_shares(parts).values())
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_estimate_counts_the_heads(heads: int) -> None:
+    kinds = frozenset({NodeKind.MIXER_HEAD, NodeKind.MIXER_OUTPUT, NodeKind.OTHER})
+    spec = TraceSpec(
+        tuple(BIASED.prompt),
+        layers=(0,),
+        all_positions=True,
+        selection=Selection(heads=heads),
+        node_kinds=kinds,
+    )
+    request = resolve_trace(served(BIASED), spec)
+    graphs = trace(request, lambda: None)
+    nodes = sum(len(graph.nodes) for graph in graphs if isinstance(graph, LayerGraph))
+    shown = (heads or 8) + 2  # with the mixer's result and OTHER
+    assert nodes == shown * len(BIASED.prompt)
+    replaced = 2  # OTHER of replaced residuals, which the estimate includes
+    assert demand_of(request).nodes == (shown + replaced) * len(BIASED.prompt)
 
 
 def test_other_is_what_an_intervention_put_in_place_of_the_heads() -> None:
