@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.lens.head import LensHead
@@ -88,6 +89,10 @@ class CostSizes:
         passed: Number of weights in all blocks that one token uses.
         block: Number of weights of the largest block.
         widest: Largest width of a matrix in a block without known parts; 0 if there is none.
+        scanned: Positions that a state space scans at once, to which it pads a shorter prompt; 0 if
+            there is none.
+        scan: Values that it has at once for each position: four for each pair of positions and
+            head, and its inputs and states.
         item: Bytes of an element of an activation.
         eager: Whether attention is computed eagerly, with a matrix of scores.
         chunk_bytes: Bytes of logits that are computed at once.
@@ -98,6 +103,8 @@ class CostSizes:
     passed: int
     block: int
     widest: int
+    scanned: int
+    scan: int
     item: int
     eager: bool
     chunk_bytes: int
@@ -123,16 +130,29 @@ def cost_sizes(model: ResidentModel) -> CostSizes:
         if isinstance(block, CoarseBlock):
             matrices = (p for p in block.module.parameters() if p.dim() > 1)
             widest = max(widest, *(max(p.shape[-2:]) for p in matrices))
+    scans = [_scan(module) for block in model.view.blocks for module in block.module.modules()]
+    scanned, scan = max(scans, default=(0, 0))
     return CostSizes(
         facts=replace(facts, n_experts=math.ceil(per_token / max(1, facts.d_mlp))),
         passed=passed,
         block=largest,
         widest=widest,
+        scanned=scanned,
+        scan=scan,
         item=torch.empty(0, dtype=network.dtype).element_size(),
         eager=model.provenance.attention == "eager",
         chunk_bytes=model.view.lens.chunk_bytes,
         part_bytes=_part_bytes(model.view.lens),
     )
+
+
+def _scan(module: nn.Module) -> tuple[int, int]:
+    """Return `CostSizes.scanned` and `scan` of a Mamba 2 mixer; zeros for other modules."""
+    names = ("chunk_size", "num_heads", "head_dim", "ssm_state_size")
+    if not all(isinstance(getattr(module, name, None), int) for name in names):
+        return 0, 0
+    chunk, heads, width, state = (int(getattr(module, name)) for name in names)
+    return chunk, heads * (4 * chunk + 6 * (width + state))
 
 
 def _part_bytes(lens: LensHead) -> int:

@@ -7,6 +7,8 @@ and a mixture, and rounded up (tests/numerics/test_cost.py).
 
 from __future__ import annotations
 
+import math
+
 from januslens_server.models.resident import CostSizes
 
 FLOAT32 = 4
@@ -27,7 +29,8 @@ def kept_for_backward(sizes: CostSizes, tokens: int) -> int:
     facts = sizes.facts
     heads = (8 * facts.n_heads + 6 * facts.n_kv_heads) * facts.d_head
     scores = 4 * facts.n_heads * tokens if sizes.eager else 0
-    return sizes.item * tokens * (16 * facts.d_model + heads + 6 * _neurons(sizes) + scores)
+    each = 16 * facts.d_model + heads + 6 * _neurons(sizes) + scores
+    return sizes.item * tokens * each + _scan(sizes, tokens)
 
 
 def passing(sizes: CostSizes, tokens: int, scored: int) -> int:
@@ -36,7 +39,8 @@ def passing(sizes: CostSizes, tokens: int, scored: int) -> int:
     scores = 3 * facts.n_heads * tokens if sizes.eager else 0
     width = 6 * facts.d_model + 4 * facts.n_heads * facts.d_head + 4 * _neurons(sizes) + scores
     masks = 3 * tokens * tokens + 2 * FLOAT32 * tokens * min(tokens, MASK_ROWS)
-    return sizes.item * (tokens * width + 3 * scored * facts.vocab_size) + masks
+    temporary = sizes.item * (tokens * width + 3 * scored * facts.vocab_size)
+    return temporary + masks + _scan(sizes, tokens)
 
 
 def read(sizes: CostSizes, vectors: int, listed: int) -> int:
@@ -57,6 +61,13 @@ def reported(vectors: int, listed: int) -> int:
 def float_copies(sizes: CostSizes) -> int:
     """Return the bytes of a float32 copy of one block's weights; 0 if they are float32."""
     return 0 if sizes.item == FLOAT32 else FLOAT32 * sizes.block
+
+
+def _scan(sizes: CostSizes, tokens: int) -> int:
+    """Return the bytes of a state space's scan in float32; one position alone is no scan."""
+    if tokens <= 1 or not sizes.scanned:
+        return 0
+    return FLOAT32 * sizes.scan * math.ceil(tokens / sizes.scanned) * sizes.scanned
 
 
 def _neurons(sizes: CostSizes) -> int:
