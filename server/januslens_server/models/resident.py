@@ -130,7 +130,8 @@ def cost_sizes(model: ResidentModel) -> CostSizes:
         if isinstance(block, CoarseBlock):
             matrices = (p for p in block.module.parameters() if p.dim() > 1)
             widest = max(widest, *(max(p.shape[-2:]) for p in matrices))
-    scans = [_scan(module) for block in model.view.blocks for module in block.module.modules()]
+    mixed = [b for b in model.view.blocks if isinstance(b, CoarseBlock) or b.beside]
+    scans = (_scan(module) for block in mixed for module in block.module.modules())
     scanned, scan = max(scans, default=(0, 0))
     return CostSizes(
         facts=replace(facts, n_experts=math.ceil(per_token / max(1, facts.d_mlp))),
