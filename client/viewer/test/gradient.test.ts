@@ -78,7 +78,8 @@ test('a segment has the colour of its mean norm on the scale of the positions', 
       ],
     },
   })
-  const map = segmentMap(model, 'FF2', scaleOf(model, 'FF2', ''))
+  const map = segmentMap(model, 'FF2', scaleOf(model, 'FF2', ''), 300)
+  assert.equal(map.width, 300)
   const paints = map.columns.map(({ key }) => map.cell('0', key)?.paint)
   assert.deepEqual(paints, [normPaint(24, 24), normPaint(24, 24)])
 })

@@ -26,7 +26,7 @@ import { at, count, measure } from '../presentation/wording'
 
 // The heat maps: the tokens of inputs and VJPs, and the target's rank.
 
-const SEGMENT = 144 // px; fits the longest name
+const SEGMENT = [100, 144] as const // px; fits the numbers, and the longest name
 
 export interface Shown {
   width: number
@@ -138,17 +138,23 @@ function markedCell(component: Component, { selected, wanted }: Shown) {
 }
 
 /** The mean norm and the target's mean rank, from the promoted end, by segment of the prompt. */
-export function segmentMap(model: GradientModel, kind: string, scale: Scale): HeatMap {
+export function segmentMap(
+  model: GradientModel,
+  kind: string,
+  scale: Scale,
+  room: number,
+): HeatMap {
   const rows = model.segments.filter((segment) => segment.kind === kind)
   const names = [...new Set(rows.map((row) => row.segment))]
   const promoted = model.of(kind)[0]?.promoted
   const rank = (row: Segment) =>
     row.rank === undefined ? undefined : promotionRank(row.rank, promoted, model.vocabulary)
+  const pitch = Math.min(SEGMENT[1], Math.max(SEGMENT[0], (room - GUTTER) / names.length))
   const columns = names.map((name, i) => ({
     key: name,
     label: name.replaceAll('_', ' '),
-    x: GUTTER + i * SEGMENT,
-    width: SEGMENT - 4,
+    x: GUTTER + i * pitch,
+    width: pitch - 4,
     labelled: true,
     selected: false,
   }))
@@ -157,7 +163,7 @@ export function segmentMap(model: GradientModel, kind: string, scale: Scale): He
     columns,
     rows: layers.map((layer) => ({ key: String(layer), label: `L${layer}`, selected: false })),
     cellHeight: 40,
-    width: GUTTER + names.length * SEGMENT,
+    width: GUTTER + names.length * pitch,
     cell: (layer, name) => {
       const row = rows.find((r) => r.segment === name && r.layer === Number(layer))
       return row && segmentCell(row, scale.largest, rank(row))

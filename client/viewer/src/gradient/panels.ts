@@ -55,7 +55,7 @@ export class MapPanels {
     this.drawFactors(this.shift, 'shift', shift, shown)
     this.drawFactors(this.imprint, 'imprint', 'top tokens of x, its input', shown)
     this.drawRanks(shown)
-    this.drawSegments()
+    this.drawSegments(shown.width)
   }
 
   private drawFactors(panel: Panel, key: 'imprint' | 'shift', text: string, shown: Shown): void {
@@ -95,7 +95,7 @@ export class MapPanels {
     if (shown.scrolls) scrollTo(this.rank, shown.selected)
   }
 
-  private drawSegments(): void {
+  private drawSegments(room: number): void {
     const kind = this.rankKind()
     const known = this.model.segments.some((segment) => segment.kind === kind)
     this.segments.box.hidden = !known
@@ -106,7 +106,7 @@ export class MapPanels {
     )
     // The scale of the positions' norms, of which a segment of one token has the same colour.
     const scale = scaleOf(this.model, kind, '')
-    const map = segmentMap(this.model, kind, scale)
+    const map = segmentMap(this.model, kind, scale, room)
     this.show(this.segments, map, scaleLegend(scale, this.model.prompt, map.width))
   }
 
