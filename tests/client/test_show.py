@@ -47,5 +47,6 @@ def test_heads_of_a_mixer_are_listed_as_such() -> None:
         show_trace(assembler.result(), out, 3, details=False)
     details, summary = captured.get().split("Heads that add most")
     assert "Layer 0: heads of the mixer" in details
+    assert "eurons" not in details + summary  # the layer has none
     for text in (details, summary):
         assert "+1.50   75 %  L0 head 0 of the mixer" in text

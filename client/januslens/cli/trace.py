@@ -406,23 +406,27 @@ def _show_position(
     else:
         added = f"that add most to the {trace.explained(target.position)}"
         heads = _strongest(_heads(trace, target.position))[:rows]
-        console.print(heads_section(trace, heads, f"Heads {added}", sought))
+        if heads:
+            console.print(heads_section(trace, heads, f"Heads {added}", sought))
         neurons = _strongest(trace.parts_of_kind(NodeKind.MLP_VALUE, target.position))[:rows]
-        console.print(neurons_section(neurons, f"Neurons {added}", sought))
+        if neurons:
+            console.print(neurons_section(neurons, f"Neurons {added}", sought))
     _show_contributions(trace, target, console, 3 * rows if details else rows)
 
 
 def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: int) -> None:
-    """Print the heads and neurons of every layer."""
+    """Print the heads and neurons of every layer that has them."""
     sought: Sequence[Token] = [target.target]
     for layer in trace.layers:
         heads = _heads(layer, target.position)
         neurons = layer.parts_of_kind(NodeKind.MLP_VALUE, target.position)
         of_mixer = any(part.node.kind is NodeKind.MIXER_HEAD for part in heads)
         title = f"Layer {layer.layer}: {'heads of the mixer' if of_mixer else 'attention heads'}"
-        console.print(heads_section(trace, heads[:rows], title, sought))
+        if heads:
+            console.print(heads_section(trace, heads[:rows], title, sought))
         title = f"Layer {layer.layer}: MLP neurons"
-        console.print(neurons_section(neurons[:rows], title, sought))
+        if neurons:
+            console.print(neurons_section(neurons[:rows], title, sought))
 
 
 def _heads(graph: GraphView, position: int) -> list[Part]:
