@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from januslens import (
     Cancelled,
     Client,
     ErrorDetails,
+    Trace,
     head_knockouts,
+    load,
     read_effects,
     read_gradient,
     read_trace,
@@ -623,6 +626,27 @@ def test_a_terminal_without_unicode_gets_escapes() -> None:
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert b"\\u2423" in done.stdout
+
+
+def test_files_are_written_although_the_reader_of_the_output_has_ended(
+    server_address: str, tmp_path: Path
+) -> None:
+    files = [tmp_path / "trace.html", tmp_path / "trace.januslens"]
+    reader, output = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", "from januslens.cli import main; main()",
+         "trace", PROMPT, "--html", files[0], "--out", files[1], "--server", server_address],
+        check=False, stdout=output, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(output)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stderr.splitlines()] == [
+        str(f) for f in reversed(files)
+    ]
+    trace = load(files[1])
+    assert isinstance(trace, Trace)
+    assert trace.target().predicted.text == " Tokyo"
 
 
 @pytest.mark.usefixtures("demo")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich import box
 from rich.cells import cell_len
@@ -24,7 +24,15 @@ _WIDTH_OF_FILES = 110
 def console() -> Console:
     """Return a console for standard output, with a fixed width if it is not a terminal."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_FILES
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return _Output(width=width, highlight=False, markup=False, emoji=False)
+
+
+class _Output(Console):
+    """Goes on without output if its reader has ended, such as `head`: files are still written."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def table(*headings: str) -> Table:
