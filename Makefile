@@ -56,6 +56,9 @@ AUDIT_VENV  := .cache/audit-venv
 AUDIT_BIN   := $(AUDIT_VENV)/bin
 AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
 
+# Tests often wait for servers and browsers, so one worker more than cores is faster.
+WORKERS     := $(shell python3 -c "import os; print(min(4, os.cpu_count() + 1))")
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs contract lock release stubs client viewer census check-viewer notebook rebuild-demo clean
@@ -70,7 +73,7 @@ demo: $(DEMO_SETUP) ## Start the demo server, run a trace and a gradient, stop t
 	@$(BIN)/python server/quickstart.py
 
 test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP) $(CONFORMANCE)) ## Run the tests
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 bench: $(SETUP) ## Measure the figures of docs/performance.md (minutes, on an idle machine)
 	$(BIN)/python -m tests.benchmarks
