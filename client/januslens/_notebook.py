@@ -174,7 +174,9 @@ def _compared(comparison: TraceComparison, rows: int) -> list[Element]:
         ),
     ]
     edges = comparison.edge_list
-    if any(edge.contribution_difference is not None for edge in edges):
+    if comparison.different_parts:
+        parts.append(note(comparison.different_parts))
+    elif any(edge.contribution_difference is not None for edge in edges):
         parts.append(_compared_contributions(comparison, rows))
     return parts
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from januslens import Client, Trace
+from januslens import Client, Trace, read_trace
 
 JAPAN = "The capital of Japan is the city of"
 PERU = "The capital of Peru is the city of"
@@ -172,3 +172,16 @@ def test_frames_joined_by_id_and_digest_have_the_nodes_of_the_comparison(
     ids = [node.before.id for node in japan.compare(fewer).node_list]
     assert joined["id"].tolist() == ids
     assert any("/OTHER/" in node_id for node_id in ids)
+
+
+def test_parts_of_models_with_other_layers_are_not_compared(japan: Trace) -> None:
+    text = "\n".join(japan.to_json_lines()).replace('"nLayers": 4', '"nLayers": 6')
+    compared = japan.compare(read_trace(text.splitlines()))
+    assert japan.compare(japan).different_parts == ""
+    assert compared.different_parts == (
+        "the models have different parts (GPT2LMHeadModel with 4 layers of 4 heads and "
+        "GPT2LMHeadModel with 6 layers of 4 heads); parts with the same name are not compared"
+    )
+    for shown in (str(compared), compared._repr_html_()):
+        assert compared.different_parts in shown
+        assert "differ most" not in shown

@@ -157,3 +157,16 @@ def test_prompts_of_different_lengths_share_their_ends(
         e for e in longer.edge_list if e.source == first.replace("p7", f"p{compared.positions[7]}")
     )
     assert _number(shown[1]) == pytest.approx(own.logit_contribution, abs=0.006)
+
+
+def test_models_with_other_layers_have_no_differences(
+    tab: Page, compared: TraceComparison, tmp_path: Path
+) -> None:
+    text = "\n".join(compared.after.to_json_lines()).replace('"nLayers": 4', '"nLayers": 6')
+    other = compared.before.compare(januslens.read_trace(text.splitlines()))
+    path = tmp_path / "models.html"
+    path.write_text(other.to_html(), encoding="utf-8")
+    tab.goto(path.as_uri())
+    expect(tab.get_by_text("6 layers of 4 heads); parts with the same name")).to_be_visible()
+    expect(tab.locator("svg.differences")).to_have_count(0)
+    expect(tab.locator("svg.why")).to_have_count(2)

@@ -79,6 +79,8 @@ _PARTS = {
 
 def comparison_section(compared: TraceComparison, rows: int) -> RenderableType:
     """One row per node: its contributions in both traces, those that differ most first."""
+    if compared.different_parts:
+        return Text(f"\n{compared.different_parts}", "dim")
     try:
         edges = compared.changed_contributions()
     except ValueError as error:  # requested without contributions

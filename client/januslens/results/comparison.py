@@ -120,6 +120,21 @@ class TraceComparison:
         """A data frame with one row per edge. Requires pandas."""
         return exports.edge_differences_frame(self.edge_list)
 
+    @property
+    def different_parts(self) -> str:
+        """Which models have different parts, in a sentence; empty if both have the same parts.
+
+        Models have the same parts if they have the same architecture and equal numbers of layers
+        and heads. Otherwise, nodes that have the same id are unrelated.
+        """
+        both = [_parts(trace) for trace in (self.before, self.after)]
+        if both[0] == both[1]:
+            return ""
+        return (
+            f"the models have different parts ({' and '.join(both)}); "
+            "parts with the same name are not compared"
+        )
+
     def changed_contributions(self) -> list[EdgeDifference]:
         """Return the edges whose contributions to the target's logit differ, most different first.
 
@@ -134,7 +149,9 @@ class TraceComparison:
         return sorted(found, key=lambda edge: -abs(edge.contribution_difference or 0.0))
 
     def __str__(self) -> str:
-        """The contributions that differ most, as a table; one line without contributions."""
+        """The contributions that differ most, as a table; one line if there are none."""
+        if self.different_parts:
+            return f"{self!r}: {self.different_parts}"
         found = [edge for edge in self.edge_list if edge.contribution_difference is not None]
         if not found:
             return repr(self)
@@ -177,6 +194,11 @@ class TraceComparison:
     def show(self, *, height: int = 800) -> PageFrame:
         """Show the page of `to_html` in a notebook; `height` is in pixels."""
         return PageFrame(self.to_html(), height)
+
+
+def _parts(trace: Trace) -> str:
+    sizes = trace.header.sizes
+    return f"{trace.provenance.architecture} with {sizes.n_layers} layers of {sizes.n_heads} heads"
 
 
 def compare_traces(

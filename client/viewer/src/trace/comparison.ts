@@ -37,7 +37,7 @@ import {
 } from '../presentation/svg'
 import { count, nodeSentence, probability, shortName, signed } from '../presentation/wording'
 import { annotationDialog, annotationLines } from './annotating'
-import { type Difference, differences, otherIds } from './comparison_rows'
+import { type Difference, differences, differentParts, otherIds } from './comparison_rows'
 import { movedFocus, typing } from './controls'
 import { WhyFigure } from './why'
 import { whyScale } from './why_layout'
@@ -160,7 +160,8 @@ class ComparisonView {
     )
     const second = element('div', { class: 'pair' }, streams)
     if (this.rows.length > 0) second.prepend(this.differencePanel())
-    main.append(this.pair, second)
+    const note = differentParts(this.before, this.after)
+    main.append(this.pair, ...(note ? [element('p', { class: 'quiet' }, note)] : []), second)
     aside.remove()
   }
 

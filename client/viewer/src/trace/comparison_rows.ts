@@ -46,7 +46,7 @@ const SHOWN = 12
  * parts.
  */
 export function differences(before: Side, after: Side, ids: Ids): Difference[] {
-  if (!before.tree || !after.tree || !sameParts(before.graph, after.graph)) return []
+  if (!before.tree || !after.tree || differentParts(before.graph, after.graph)) return []
   const rows: Difference[] = partsAt(before).flatMap((node) => {
     const [first, second] = [
       contributionOf(before.graph, node.id),
@@ -75,12 +75,13 @@ function partsAt({ graph, position }: Side): GraphNode[] {
 
 const PARTS = ['BLOCK_INPUT', 'HEAD_OUTPUT', 'MIXER_OUTPUT', 'MLP_OUTPUT']
 
-function sameParts(first: FlowGraph, second: FlowGraph): boolean {
-  const sizes = ({ sizes }: FlowGraph) => `${sizes.nLayers} ${sizes.nHeads}`
-  return (
-    sizes(first) === sizes(second) &&
-    first.provenance.architecture === second.provenance.architecture
-  )
+/** Which models have different parts, in a sentence; undefined if both have the same parts. */
+export function differentParts(first: FlowGraph, second: FlowGraph): string | undefined {
+  const parts = ({ sizes, provenance }: FlowGraph) =>
+    `${provenance.architecture} with ${sizes.nLayers} layers of ${sizes.nHeads} heads`
+  const both = [first, second].map(parts)
+  if (both[0] === both[1]) return undefined
+  return `The models have different parts (${both.join(' and ')}); parts with the same name are not compared.`
 }
 
 function contributionOf(graph: FlowGraph, id: string): number | undefined {
