@@ -57,7 +57,7 @@ AUDIT_BIN   := $(AUDIT_VENV)/bin
 AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
 
 # Tests often wait for servers and browsers, so one worker more than cores is faster.
-WORKERS     := $(shell python3 -c "import os; print(min(4, os.cpu_count() + 1))")
+WORKERS      = $(shell python3 -c "import os; print(min(4, os.cpu_count() + 1))")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

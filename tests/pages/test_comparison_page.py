@@ -167,6 +167,6 @@ def test_models_with_other_layers_have_no_differences(
     path = tmp_path / "models.html"
     path.write_text(other.to_html(), encoding="utf-8")
     tab.goto(path.as_uri())
-    expect(tab.get_by_text("6 layers of 4 heads); parts with the same name")).to_be_visible()
+    expect(tab.get_by_text(other.different_parts)).to_be_visible()
     expect(tab.locator("svg.differences")).to_have_count(0)
     expect(tab.locator("svg.why")).to_have_count(2)
