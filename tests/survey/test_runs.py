@@ -12,6 +12,9 @@ from click.testing import CliRunner
 import januslens
 from januslens.cli.program import januslens as command
 from januslens.surveys import runner
+from januslens.v1 import models_pb2
+from tests.client.messages import trace_stream
+from tests.client.scripted import Script, serving
 from tests.support.surveys import contents, killed_after, prompts_file, running_survey
 
 COUNTRIES = ("Japan", "Peru", "France", "Spain", "Italy", "Kenya", "Chile", "Cuba")
@@ -193,3 +196,37 @@ def test_command_writes_a_survey(server_address: str, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(command, [*arguments, "--request", '{"depth": 3}'])
     assert wrong.exit_code == 2
     assert 'no field named "depth"' in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("states", "flags", "message"),
+    [
+        ({"bad": "FAILED", "good": "READY"}, [], ""),
+        ({"other": "READY", "good": "READY"}, ["--model", "good"], ""),
+        ({"other": "READY", "good": "READY"}, [], "no model given: expected one of other, good"),
+        ({"good": "READY"}, ["--model", "absent"], "the server has no model 'absent'"),
+        ({}, [], "no model given: expected one of no model"),
+        (
+            {"good": "READY"},
+            ["--model", "good", "--request", '{"model": "other"}'],
+            "--model is good, but the request is for other",
+        ),
+    ],
+    ids=["one of two serves", "named", "several serve", "absent", "none", "two names"],
+)
+def test_the_model_is_named_or_the_only_one_that_serves(
+    states: dict[str, str], flags: list[str], message: str, tmp_path: Path
+) -> None:
+    file = prompts_file(tmp_path / "prompts.jsonl", ["The capital of Japan"])
+    models = [
+        models_pb2.Model(name=name, state=models_pb2.Model.State.Value(f"STATE_{state}"))
+        for name, state in states.items()
+    ]
+    script = Script(responses=trace_stream(), pages=[models_pb2.ListModelsResponse(models=models)])
+    with serving(script) as address:
+        arguments = ["survey", str(file), "--out", str(tmp_path / "out"), "--server", address]
+        run = CliRunner().invoke(command, [*arguments, *flags])
+    assert message in run.output
+    assert (run.exit_code == 0) == (message == "")
+    if not message:
+        assert januslens.Survey.open(tmp_path / "out").manifest["model"]["name"] == "good"

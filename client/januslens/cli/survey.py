@@ -13,7 +13,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from januslens.cli.options import Connection, Number, usage_errors, with_connection
+from januslens.cli.options import (
+    Connection,
+    Number,
+    model_option,
+    usage_errors,
+    with_connection,
+)
 from januslens.client import Client
 from januslens.surveys.prompts import MESSAGES, SurveyRequest
 from januslens.surveys.survey import MANIFEST, Survey, SurveyProgress
@@ -55,6 +61,7 @@ def _request(_context: click.Context, _option: click.Parameter, value: str | Non
     help="Fields of the request in protobuf JSON, or @FILE; default: those of the client's method, "
     "or of the survey to resume.",
 )
+@model_option
 @click.option(
     "--replica",
     "replicas",
@@ -86,6 +93,7 @@ def survey(
     out: Path,
     rpc: str | None,
     request: str | None,
+    model: str,
     **options: Any,
 ) -> None:
     """Send every prompt of PROMPTS, and write the results as Parquet files.
@@ -95,7 +103,7 @@ def survey(
     resume.
     """
     with usage_errors():
-        asked = _asked(out, rpc, request)
+        asked = _asked(out, rpc, request, model)
         client = Client(**connection)
     with client, usage_errors(), _progress() as show:
         try:
@@ -105,18 +113,26 @@ def survey(
     _summarise(found)
 
 
-def _asked(out: Path, rpc: str | None, request: str | None) -> SurveyRequest:
+def _asked(out: Path, rpc: str | None, request: str | None, model: str) -> SurveyRequest:
     """Return the request of the options; without any, that of the survey to resume.
 
     Raises:
-        ValueError: The text is not a request of the method.
+        ValueError: The text is not a request of the method, or names another model.
     """
     if request is not None:
-        return SurveyRequest.from_json(rpc or "trace", request)
-    if rpc is None and (out / MANIFEST).exists():
+        found = SurveyRequest.from_json(rpc or "trace", request)
+    elif rpc is None and (out / MANIFEST).exists():
         manifest = Survey.open(out).manifest
-        return SurveyRequest.from_json(manifest["rpc"], json.dumps(manifest["request"]))
-    return SurveyRequest.of(rpc or "trace", {})
+        found = SurveyRequest.from_json(manifest["rpc"], json.dumps(manifest["request"]))
+    else:
+        found = SurveyRequest.of(rpc or "trace", {})
+    if model and found.template.model not in ("", model):
+        raise ValueError(
+            f"--model is {model}, but the request is for {found.template.model}; give one model"
+        )
+    if model:
+        found.template.model = model
+    return found
 
 
 @contextmanager

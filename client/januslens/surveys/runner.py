@@ -208,10 +208,12 @@ class SurveyCalls(AsyncCalls):
 
 
 async def ready_model(servers: Sequence[SurveyCalls], name: str, patience: float) -> Model:
-    """Return the model of this name, or the only one, of the first server where it is loaded.
+    """Return a model from the first server where it is loaded.
+
+    It is the model of this name; without a name, the one that a request without a name would use.
 
     Raises:
-        ValueError: There is no such model, or there are several and none is named.
+        ValueError: There is no such model; or none is named, and several serve or none does.
         JanuslensError: No server can be reached in time, or the model is not loaded in time.
     """
     started, attempts = time.monotonic(), 0
@@ -224,10 +226,13 @@ async def ready_model(servers: Sequence[SurveyCalls], name: str, patience: float
             if late:
                 raise
         else:
-            if len(models) != 1:
-                found = ", ".join(model.name for model in models) or "none"
-                raise ValueError(f"the server has several models, or none: {found}; name one")
-            (model,) = models
+            usable = [model for model in models if model.state in ("LOADING", "READY")] or models
+            if name and not usable:
+                raise ValueError(f"the server has no model {name!r}")
+            if len(usable) != 1:
+                found = ", ".join(model.name for model in usable) or "no model"
+                raise ValueError(f"no model given: expected one of {found}")
+            (model,) = usable
             if model.ready:
                 return model
             if model.state == "FAILED" or late:
