@@ -12,15 +12,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.gguf_file import read_header
-from januslens_server.models.gguf_tokenizer import read_gguf_vocabulary
+from januslens_server.models.gguf_tokenizer import SPLITS, read_gguf_vocabulary
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from tests.architectures.cases import GRANITE_MULTIPLIERS, SIZES, VOCABULARY, Case
 from tests.architectures.tiny_models import plain
+from tests.loading.test_quantized import FOUR_BIT_FLOATS
 
 WIDE = {"intermediate_size": 64}  # Q8_0 stores blocks of 32 values
 HEADS = {"head_dim": 12, "num_key_value_heads": 2}
@@ -37,6 +40,12 @@ LOCAL_AND_SCALED = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0},
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = FEW_EXPERTS | {"moe_intermediate_size": 32}
 CASES = {
@@ -46,6 +55,15 @@ CASES = {
     "qwen3": Case("qwen3", "gguf", WIDE | HEADS),
     "llama 3": Case(
         "llama", "gguf, 3", WIDE | {"num_key_value_heads": 2, "rope_parameters": LLAMA_3}
+    ),
+    "qwen3 with YaRN": Case("qwen3", "gguf, YaRN", WIDE | HEADS | {"rope_parameters": YARN}),
+    "gpt-oss": Case(
+        "gpt_oss",
+        "gguf",
+        WIDE
+        | {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": 4}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"rope_parameters": YARN | {"truncate": False}},
     ),
     "qwen3moe": Case("qwen3_moe", "gguf", WIDE | HEADS | EXPERTS | {"norm_topk_prob": True}),
     "qwen2moe": Case(
@@ -100,7 +118,12 @@ CASES = {
     "gemma3": Case("gemma3_text", "gguf", WIDE | GEMMA | {"layer_types": None}),
 }
 # The architecture's name in the file, of cases that are named otherwise.
-ARCHITECTURES = {"llama 3": "llama", "mixtral": "llama", "gemma3 scaled": "gemma3"}
+ARCHITECTURES = {
+    "llama 3": "llama",
+    "mixtral": "llama",
+    "gemma3 scaled": "gemma3",
+    "qwen3 with YaRN": "qwen3",
+}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 MERGES = ["1 2", "12 3", "123 4", "a b", "ab c", "Ġ a"]
 ADDED = ["<bos>", "<eos>"]
@@ -140,10 +163,18 @@ def settings_of(family: str, case: Case) -> dict[str, Any]:
     }
     if whole["rope_type"] == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": whole["factor"]}
+    if whole["rope_type"] == "yarn":
+        found |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": whole["factor"],
+            "rope.scaling.original_context_length": whole["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+        }
     if family == "starcoder2":
         return found | {"attention.layer_norm_epsilon": config.norm_epsilon}
     found["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
-    if family == "phi3":
+    if family in {"gpt-oss", "phi3"}:
         found["attention.sliding_window"] = config.sliding_window
     if family in {"granite", "granitemoe"}:
         found |= {
@@ -169,6 +200,8 @@ def experts_of(family: str, config: Any) -> dict[str, Any]:
     found["feed_forward_length"] = config.intermediate_size
     if family == "qwen2moe":
         found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if family == "gpt-oss":
+        found["expert_feed_forward_length"] = config.intermediate_size
     if family in {"qwen2moe", "qwen3moe"}:
         found["expert_feed_forward_length"] = config.moe_intermediate_size
     return found
@@ -180,7 +213,7 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(kind, network.config.num_hidden_layers)
     written = {}
-    for parameter, values in unstacked(network.state_dict()):
+    for parameter, values in unstacked(family, network.state_dict()):
         if parameter == "lm_head.weight" and network.config.tie_word_embeddings:
             continue
         stem, _, suffix = parameter.rpartition(".")
@@ -209,10 +242,20 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
     return written
 
 
-def unstacked(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def unstacked(family: str, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Give each matrix of the experts a name of its own, as older checkpoints do."""
     for name, values in weights.items():
-        if name.endswith("experts.gate_up_proj"):
+        if family == "gpt-oss" and ".experts." in name:
+            kind = "bias" if name.endswith("_bias") else "weight"
+            stored, matrix = values if kind == "bias" else values.mT, name.removesuffix("_bias")
+            if matrix.endswith("gate_up_proj"):
+                yield matrix.replace("gate_up_proj", f"gate_proj.{kind}"), stored[:, 0::2]
+                yield matrix.replace("gate_up_proj", f"up_proj.{kind}"), stored[:, 1::2]
+            else:
+                yield f"{matrix}.{kind}", stored
+        elif name.endswith(".sinks"):
+            yield f"{name}.weight", values
+        elif name.endswith("experts.gate_up_proj"):
             gate, up = values.chunk(2, dim=1)
             yield name.replace("gate_up_proj", "gate_proj.weight"), gate
             yield name.replace("gate_up_proj", "up_proj.weight"), up
@@ -248,7 +291,9 @@ def write(
     for key, value in (BYTE_LEVEL | (tokenizer or {})).items():
         add(writer, f"tokenizer.ggml.{key}", value)
     for name, array in (tensors_of(family, case) | (further or {})).items():
-        if quantized is None or array.ndim < 2 or array.shape[-1] % 32:
+        if array.dtype == np.uint8:
+            writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+        elif quantized is None or array.ndim < 2 or array.shape[-1] % 32:
             writer.add_tensor(name, array)
         else:
             kind = gguf.GGMLQuantizationType[quantized]
@@ -329,6 +374,58 @@ def test_quantized_experts_are_those_that_gguf_dequantizes(tmp_path: Path) -> No
     assert model.provenance.quantization == "GGUF Q8_0"
 
 
+def test_mxfp4_blocks_are_read_as_the_standard_defines_them(tmp_path: Path) -> None:
+    """An exponent and sixteen bytes, with the codes `i` and `i + 16` of a block in byte `i`."""
+    drawn, (experts, rows, columns) = np.random.default_rng(0), (4, 64, 32)
+    codes = drawn.integers(0, 16, (experts, rows, columns)).astype(np.uint8)
+    exponents = drawn.integers(120, 126, (experts, rows, 1)).astype(np.uint8)
+    stored = np.concatenate([exponents, codes[..., :16] | codes[..., 16:] << 4], -1)
+    path = write(tmp_path / "tiny.gguf", "gpt-oss", further={"blk.1.ffn_up_exps.weight": stored})
+    model = loaded(path)
+    values = np.array(FOUR_BIT_FLOATS, np.float32)[codes]
+    values *= 2.0 ** (exponents.astype(np.float32) - 127)
+    found = model.network.state_dict()["model.layers.1.mlp.experts.gate_up_proj"]
+    np.testing.assert_array_equal(found[..., 1::2].numpy(), values.swapaxes(1, 2))
+    assert model.provenance.quantization == "GGUF MXFP4"
+
+
+PUBLISHED_SPLITS = sorted(SPLITS.keys() & GGUF_PRE_TOKENIZER_SPLITS.keys())
+
+
+@pytest.mark.parametrize("split", PUBLISHED_SPLITS)
+def test_texts_are_split_by_the_expression_that_transformers_has(split: str) -> None:
+    expression = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[split]), "isolated")
+    texts = (
+        "Don't we'LL camelCaseWords ÉCOLEété \u01c5a ʰx हिन्दी नमस्ते e\u0301a 日本語abc",
+        "1234567 ٣٤٥ x2 3.14 a/b//\n/ c ...\r\n\n  d\t \u00a0e  ",
+        " !?hello (world) _x_ 'S 'RE O'Neil",
+    )
+    for text in texts:
+        places = [place for _, place in expression.pre_tokenize_str(text)]
+        found = [place for _, place in SPLITS[split]().pre_tokenize_str(text)]
+        assert found == places
+
+
+@pytest.mark.parametrize(
+    ("split", "stated", "begins"),
+    [
+        ("llama-bpe", None, True),
+        ("tekken", None, True),
+        ("gpt-4o", None, False),
+        ("qwen2", None, False),
+        ("qwen2", True, True),
+        ("llama-bpe", False, False),
+    ],
+)
+def test_a_file_that_does_not_say_it_begins_texts_with_bos_as_llama_cpp(
+    split: str, stated: bool | None, begins: bool, tmp_path: Path
+) -> None:
+    described = {"pre": split} | ({} if stated is None else {"add_bos_token": stated})
+    path = write(tmp_path / "tiny.gguf", tokenizer=described)
+    found = [token.id for token in read_gguf_vocabulary(read_header(path)).encode_prompt("ab")]
+    assert (found[0] == BYTE_LEVEL["bos_token_id"]) == begins
+
+
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
@@ -336,12 +433,15 @@ def test_quantized_experts_are_those_that_gguf_dequantizes(tmp_path: Path) -> No
         ("smollm", ["1", "2", "3", "4", "Ġ", "ab", "abc"]),
         ("llama-bpe", ["123", "4", "Ġ", "ab", "abc"]),
         ("qwen2", ["1", "2", "3", "4", "Ġ", "ab", "abc"]),
+        ("starcoder", ["1", "2", "3", "4", "Ġ", "ab", "abc"]),
+        ("olmo", ["1234", "Ġ", "ab", "abc"]),
+        ("gpt-4o", ["123", "4", "Ġ", "ab", "abc"]),
     ],
 )
 def test_texts_are_split_as_the_named_tokenizer_splits_them(
     split: str, expected: list[str], tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "tiny.gguf", tokenizer={"pre": split})
+    path = write(tmp_path / "tiny.gguf", tokenizer={"pre": split, "add_bos_token": False})
     vocabulary = read_gguf_vocabulary(read_header(path))
     ids = [token.id for token in vocabulary.encode_prompt("1234 ab<eos>abc")]
     tokens = BYTE_LEVEL["tokens"]
@@ -392,8 +492,14 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"settings": {"rope.scaling.type": "yarn"}}, "has rope.scaling 'yarn' with the factor"),
-        ({"settings": {"rope.scaling.type": "linear"}}, "'linear' with the factor None"),
+        ({"settings": {"rope.scaling.type": "longrope"}}, "'longrope' with rope.scaling.type; exp"),
+        ({"settings": {"rope.scaling.type": "linear"}}, "lacks the settings rope.scaling.factor"),
+        ({"settings": {"rope.scaling.type": "yarn"}}, "rope.scaling.original_context_length of"),
+        (
+            {"settings": {"rope.scaling.factor": 2.0, "rope.scaling.yarn_beta_fast": 8.0}},
+            "'linear' with rope.scaling.factor, rope.scaling.yarn_beta_fast; expected",
+        ),
+        ({"settings": {"rope.scaling.yarn_attn_factor": 0.5}}, "not read: rope.scaling.yarn_attn"),
         ({"settings": {"attention.scale": 0.5}}, "settings that are not read: attention.scale"),
         ({"settings": {"expert_count": 4}}, "lacks the settings expert_used_count"),
         ({"settings": {"expert_weights_scale": 2.0}}, "not read: expert_weights_scale"),

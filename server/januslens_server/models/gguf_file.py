@@ -13,7 +13,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ FAMILIES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
     "gpt2": "gpt2",
     "granite": "granite",
     "granitemoe": "granitemoe",
@@ -93,6 +94,7 @@ GRANITE = {
     "residual_scale": "residual_multiplier",
 }
 OWN_ATTRIBUTES = {
+    "gpt-oss": LOCAL_EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
     "granite": GRANITE,
     "granitemoe": GRANITE | LOCAL_EXPERTS,
     "llama": LOCAL_EXPERTS,
@@ -113,6 +115,8 @@ REAL = {
     "residual_scale",
     "rope.freq_base",
     "rope.scaling.factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
 }
 MAX_SETTING, FLOAT32 = 2**31 - 1, torch.finfo(torch.float32)
 # What all checkpoints of an architecture have in common, and no setting says.
@@ -121,9 +125,19 @@ COMMON_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "qwen3moe": {"norm_topk_prob": True},
 }
 # Scaling of rotary embeddings: a division of all positions, in Gemma 3 in the layers without a
-# window, or none. A factor without a type divides, as in llama.cpp.
+# window, YaRN's, or none. A factor without a type divides, as in llama.cpp.
 SCALING_TYPE, SCALING_FACTOR = "rope.scaling.type", "rope.scaling.factor"
-LINEAR, UNSCALED = "linear", "none"
+LINEAR, YARN, UNSCALED = "linear", "yarn", "none"
+# YaRN's settings and their names in transformers. The first two are required; for the others,
+# transformers and llama.cpp use the same values.
+YARN_SETTINGS = {
+    SCALING_FACTOR: "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+}
+# Whether YaRN rounds the dimensions between which it blends. gpt-oss does not.
+UNROUNDED_YARN = {"gpt-oss"}
 # The divisors of Llama 3's frequencies, and the settings that all of its checkpoints share
 # (Llama 3.1 to 3.3). The factor is the largest divisor.
 FREQUENCIES = "rope_freqs.weight"
@@ -135,6 +149,9 @@ LLAMA_3: Mapping[str, Any] = {
 }
 # The stored names of matrices that transformers stores as one parameter for all experts.
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# Architectures whose experts multiply by the transpose of what is stored, with the rows of the two
+# halves of `gate_up_proj` by turns.
+INTERLEAVED = {"gpt-oss"}
 # Modules of Granite's mixtures by a name that the `gguf` library knows.
 RENAMED = {
     ".block_sparse_moe.router": ".block_sparse_moe.router.layer",
@@ -148,6 +165,7 @@ REQUIRED = {"block_count", "context_length", "embedding_length", "attention.head
 # Settings for which transformers would use a value of its own. The epsilon of norms is another one.
 OWN_REQUIRED = {
     "gemma3": {"attention.sliding_window"},
+    "gpt-oss": {"attention.key_length", "attention.sliding_window", "expert_count"},
     "granite": set(GRANITE),
     "granitemoe": set(GRANITE | LOCAL_EXPERTS),
 }
@@ -155,7 +173,8 @@ LAYER_NORMS = {"gpt2", "starcoder2"}  # all others have RMSNorm
 DEFAULT_BASE = 1e4  # of rotary embeddings in files without rope.freq_base, as in llama.cpp
 UNEMBEDDING = "output.weight"
 TRANSPOSED = re.compile(r"(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$")
-ADVICE = "serve the folder with safetensors that it was made from"
+# No tool writes safetensors from a GGUF file.
+ADVICE = "serve the checkpoint that it was made from: --model NAME=FOLDER with its safetensors"
 # Gemma models of these numbers of layers divide scores by another width than a head's, which their
 # files do not say.
 UNUSUAL_SCALE = {"gemma2": 46, "gemma3": 62}
@@ -387,13 +406,25 @@ def _rotary(
         return _llama_3(header, described.get("head_dim", whole))
     if kind == UNSCALED:
         return {}
-    if kind != LINEAR or SCALING_FACTOR not in scaling:
+    read = YARN_SETTINGS if kind == YARN else {SCALING_FACTOR: "factor"}
+    required = list(read)[:2]
+    if kind not in _scalings(header.architecture) or scaling.keys() - {SCALING_TYPE, *read}:
         raise ModelFailed(
-            f"the file has rope.scaling {kind!r:.80} with the factor "
-            f"{scaling.get(SCALING_FACTOR)!r:.80}; expected {LINEAR!r} with a number, or "
-            f"{UNSCALED!r}; {ADVICE}"
+            f"the file has rope.scaling {kind!r:.80} with {shortlist(sorted(scaling))}; expected "
+            f"{' or '.join(map(repr, _scalings(header.architecture)))} without further settings, "
+            f"or {UNSCALED!r}; {ADVICE}"
         )
-    return {"rope_type": LINEAR, "factor": _setting(SCALING_FACTOR, scaling[SCALING_FACTOR])}
+    if missing := sorted(set(required) - scaling.keys()):
+        raise ModelFailed(f"the file lacks the settings {shortlist(missing)} of its rope.scaling")
+    found = {name: _setting(key, scaling[key]) for key, name in read.items() if key in scaling}
+    if kind == YARN and header.architecture in UNROUNDED_YARN:
+        found["truncate"] = False
+    return {"rope_type": kind} | found
+
+
+def _scalings(family: str) -> tuple[str, ...]:
+    """Return the scalings of rotary embeddings that are read."""
+    return (LINEAR,) if family == "gemma3" else (LINEAR, YARN)
 
 
 def _llama_3(header: GGUFHeader, d_head: float) -> dict[str, Any]:
@@ -432,14 +463,14 @@ def _settings(header: GGUFHeader) -> tuple[dict[str, float], dict[str, Any]]:
     if family not in FAMILIES:
         raise ModelFailed(
             f"GGUF files of architecture {family!r:.80} are not read; expected one of "
-            f"{', '.join(sorted(FAMILIES))}, or a folder with safetensors"
+            f"{', '.join(sorted(FAMILIES))}; {ADVICE}"
         )
     settings = {
         key.removeprefix(f"{family}."): value
         for key, value in header.metadata.items()
         if key.startswith(f"{family}.")
     }
-    found = {SCALING_TYPE, SCALING_FACTOR} & settings.keys()
+    found = {SCALING_TYPE, *YARN_SETTINGS} & settings.keys()
     scaling = {key: settings.pop(key) for key in found}
     if unknown := sorted(
         settings.keys() - ATTRIBUTES.keys() - OWN_ATTRIBUTES.get(family, {}).keys()
@@ -542,7 +573,7 @@ def read_weights(
         values = torch.from_numpy(np.array(found, np.float32)).reshape(shape)
         read[tensor.name] = _restored(family, tensor.name, values, header).to(data_type)
     return {
-        parameter: read[found[0]] if len(found) == 1 else torch.cat([read.pop(n) for n in found], 1)
+        parameter: _joined(family, parameter, [read.pop(name) for name in found])
         for parameter, found in sources.items()
         if found and all(name in read for name in found)
     }
@@ -554,9 +585,21 @@ def _sources(parameter: str, names: Any) -> list[str]:
     for module, known in RENAMED.items():
         stem = stem.replace(module, known)
     if stem.endswith(".experts"):
-        return [f"{names.get_name(f'{stem}.{part}')}.weight" for part in STACKED.get(suffix, ())]
-    stored = names.get_name(stem)
-    return [] if stored is None else [f"{stored}.{suffix}"]
+        matrix = suffix.removesuffix("_bias")
+        kind = "weight" if matrix == suffix else "bias"
+        return [f"{names.get_name(f'{stem}.{part}')}.{kind}" for part in STACKED.get(matrix, ())]
+    if stored := names.get_name(stem):
+        return [f"{stored}.{suffix}"]
+    stored = names.get_name(parameter)  # a vector such as the sinks of attention
+    return [] if stored is None else [f"{stored}.weight"]
+
+
+def _joined(family: str, parameter: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a parameter from its stored tensors `[experts, rows, ...]`, if there are several."""
+    if family not in INTERLEAVED or ".experts." not in parameter:
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+    rows = torch.stack(list(parts), 2).flatten(1, 2)
+    return rows.transpose(1, 2).contiguous() if rows.ndim == 3 else rows
 
 
 def _restored(family: str, name: str, values: torch.Tensor, header: GGUFHeader) -> torch.Tensor:

@@ -35,12 +35,28 @@ SPACE = "▁"
 # character. Gemma 3's 262,144 tokens have 11 million.
 MAX_SPLIT = 2**28
 
-# Contractions, words with at most one character before them, and the rest, as Llama 3 and Qwen 2
-# split texts. They differ in the number of digits that stay together.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How published tokenizers split texts, as their tokenizer.json says it. Llama 3 and Qwen 2 take
+# contractions, words with at most one character before them, and the rest; they differ in the
+# number of digits that stay together. Tekken (Mistral) and GPT-4o also split words where upper-case
+# letters follow lower-case ones, and GPT-4o keeps contractions with their word.
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+
+
+def _words(digits: str, letters: str = r"\p{L}") -> str:
+    return (
+        rf"{_CONTRACTION}|{_BEFORE}[{letters}]+|\p{{N}}{digits}"
+        rf"| ?[^\s{letters}\p{{N}}]+[\r\n]*{_REST}"
+    )
+
+
+def _cased_words(digits: str, end: str = "") -> str:
+    return (
+        rf"{_BEFORE}{_UPPER}*{_LOWER}+{end}|{_BEFORE}{_UPPER}+{_LOWER}*{end}|\p{{N}}{digits}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_REST}"
+    )
 
 
 class _Type(IntEnum):
@@ -59,20 +75,34 @@ def _bytes_after(*steps: pre_tokenizers.PreTokenizer, split: bool) -> pre_tokeni
     return pre_tokenizers.Sequence([*steps, last]) if steps else last
 
 
-def _words(digits: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(Regex(_WORDS.format(digits=digits)), "isolated")
+def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return _bytes_after(pre_tokenizers.Split(Regex(pattern), "isolated"), split=False)
+
+
+def _single_digits() -> pre_tokenizers.PreTokenizer:
+    return _bytes_after(pre_tokenizers.Digits(individual_digits=True), split=True)
 
 
 # The pre-tokenizers of byte-level BPE by the name in `tokenizer.ggml.pre`.
 SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: _bytes_after(split=True),
-    "smollm": lambda: _bytes_after(pre_tokenizers.Digits(individual_digits=True), split=True),
-    "llama-bpe": lambda: _bytes_after(_words("{1,3}"), split=False),
-    "qwen2": lambda: _bytes_after(_words(""), split=False),
+    **dict.fromkeys(("gpt-2", "olmo"), lambda: _bytes_after(split=True)),
+    **dict.fromkeys(("refact", "smollm", "starcoder"), _single_digits),
+    **dict.fromkeys(
+        ("dbrx", "lfm2", "llama-bpe", "llama-v3", "llama3", "smaug-bpe"),
+        lambda: _split_by(_words("{1,3}")),
+    ),
+    **dict.fromkeys(("deepseek-r1-qwen", "qwen2"), lambda: _split_by(_words(""))),
+    "qwen35": lambda: _split_by(_words("", letters=r"\p{L}\p{M}")),
+    "tekken": lambda: _split_by(_cased_words("")),
+    "gpt-4o": lambda: _split_by(_cased_words("{1,3}", end=f"{_CONTRACTION}?")),
 }
 # Tokenizers that look a whole word up before they merge its bytes.
-WHOLE_WORDS = {"llama-bpe"}
-COMPOSED = {"qwen2"}  # texts are in Unicode's composed form (NFC)
+WHOLE_WORDS = {"gpt-4o", "lfm2", "llama-bpe", "llama-v3", "llama3", "tekken"}
+# Tokenizers that put texts in Unicode's composed form (NFC).
+COMPOSED = {"deepseek-r1-qwen", "olmo", "qwen2", "qwen35"}
+# Tokenizers that begin texts with BOS unless the file says otherwise, as in llama.cpp.
+# SentencePiece's do it too.
+WITH_BOS = {"lfm2", "llama-bpe", "llama-v3", "llama3", "tekken"}
 
 
 def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
@@ -96,7 +126,8 @@ def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
     if not isinstance(kind, str) or kind not in builders:
         raise ModelFailed(
-            f"the file's tokenizer {kind!r:.80} is not read; expected {' or '.join(builders)}"
+            f"the file's tokenizer {kind!r:.80} is not read; expected {' or '.join(builders)}; "
+            f"{ADVICE}"
         )
     with reported_failures():
         tokenizer = builders[kind](tokens, types, described)
@@ -106,8 +137,8 @@ def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
             for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"))
         }
         bos = names["bos_token"]
-        # SentencePiece's tokenizers begin texts with BOS unless the file says otherwise.
-        if _flag(described, "add_bos_token", default=kind == "llama") and bos is not None:
+        begins = kind == "llama" or described.get("pre") in WITH_BOS
+        if _flag(described, "add_bos_token", default=begins) and bos is not None:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
             )
@@ -165,7 +196,7 @@ def _byte_level(
     if not isinstance(split, str) or split not in SPLITS:
         raise ModelFailed(
             f"the file's tokenizer splits texts as {split!r:.80}, which is not known; expected one "
-            f"of {', '.join(SPLITS)}; serve the folder with tokenizer.json that it was made from"
+            f"of {', '.join(sorted(SPLITS))}; {ADVICE}"
         )
     if not merges:
         raise ModelFailed("the file's tokenizer has no merges: expected a list of texts")
@@ -198,7 +229,9 @@ def _sentence_piece(
         raise ModelFailed("the file's tokenizer has no scores")
     spaces_removed = _flag(described, "remove_extra_whitespaces", default=False)
     if spaces_removed or described.get("precompiled_charsmap"):
-        raise ModelFailed("the file's tokenizer changes texts before it splits them; not read")
+        raise ModelFailed(
+            f"the file's tokenizer changes texts before it splits them, which is not read; {ADVICE}"
+        )
     pieces = {
         text: scores[i]
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
