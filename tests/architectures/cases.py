@@ -562,17 +562,38 @@ FALCON_H1 = (
         length=8,
     ),
 )
-# Blocks with attention or an MLP, but not both.
+# Blocks with attention or an MLP, but not both. Experts have no gate; in the first case they read
+# and write latent vectors, in the second the router chooses among groups.
+ONE_SUBLAYER = GROUPED | {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["full_attention", "mlp", "moe"],
+    "mtp_layers_block_type": [],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "routed_scaling_factor": 2.5,
+}
 NEMOTRON_H = (
     Case(
         "nemotron_h",
-        "one sublayer per block",
-        GROUPED
+        "one sublayer per block, latent experts",
+        ONE_SUBLAYER | {"mlp_bias": True, "moe_latent_size": 24},
+        length=8,
+    ),
+)
+UNGATED = (
+    *NEMOTRON_H,
+    Case(
+        "nemotron_h",
+        "groups of experts",
+        ONE_SUBLAYER
         | {
-            "layers_block_type": ["full_attention", "mlp", "mlp"],
-            "num_hidden_layers": 3,
-            "mtp_layers_block_type": [],
-            "mlp_bias": True,
+            "layers_block_type": ["full_attention", "moe", "moe"],
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
         },
         length=8,
     ),

@@ -37,6 +37,7 @@ CHOSEN = [
     "qwen2_moe-gated shared expert",
     "qwen3_moe-mixed with dense",
     "nemotron-automatic",
+    "nemotron_h-one sublayer per block, latent experts",
 ]
 CASES = [case for case in MEASURED if case.id in CHOSEN]
 
@@ -112,7 +113,7 @@ def read_values(case: Case) -> Iterator[tuple[Place, Tensor]]:
     scale = {"cohere": "logit_scale"}.get(case.family)
     divisor = {"granite": "logits_scaling"}.get(case.family)
     for layer, block in enumerate(blocks(network)):
-        for expert, rows in value_matrices(block.mlp):
+        for expert, rows in value_matrices(block.mlp if hasattr(block, "mlp") else block.mixer):
             logits = network.get_output_embeddings()(final_norm(network)(rows)).double()
             if scale:
                 logits *= getattr(network.config, scale)
@@ -140,7 +141,7 @@ def blocks(network: Any) -> Any:
 
 
 def final_norm(network: Any) -> Any:
-    names = ("ln_f", "final_layer_norm", "norm")
+    names = ("ln_f", "final_layer_norm", "norm", "norm_f")
     return next(getattr(body(network), name) for name in names if hasattr(body(network), name))
 
 
@@ -151,9 +152,13 @@ def value_matrices(mlp: Any) -> Iterator[tuple[int, Tensor]]:
         down = mlp.experts.down_proj
         if "GptOss" not in type(mlp.experts).__name__:
             down = down.transpose(1, 2)
-        yield from enumerate(down)
-        if hasattr(mlp, "shared_expert"):
-            yield len(down), mlp.shared_expert.down_proj.weight.T
+        after = getattr(mlp, "fc2_latent_proj", None)  # a linear map behind the sum
+        yield from enumerate(down if after is None else down @ after.weight.T)
+        shared = getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
+        if shared is not None:
+            yield len(down), shared.down_proj.weight.T
+    elif hasattr(mlp, "o_proj"):  # attention, the only sublayer of a block
+        return
     elif hasattr(mlp, "c_proj"):  # a Conv1D
         yield -1, mlp.c_proj.weight
     else:

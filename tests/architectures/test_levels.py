@@ -280,7 +280,7 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
 
 
 def test_part_that_a_block_lacks_is_refused_with_the_layers_that_have_it() -> None:
-    (case,) = NEMOTRON_H  # attention in layer 0, an MLP in layers 1 and 2
+    (case,) = NEMOTRON_H  # attention in layer 0, an MLP in layer 1, experts in layer 2
     model, prompt = resident(case), tuple(case.prompt)
     assert {found.level for found in model.view.levels} == {Level.PARTS}
     neurons = FindNeuronsSpec((7,), False, (), 0, 5)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from januslens_server.errors import InvalidRequest
 from januslens_server.pipelines.activations import activations
@@ -51,13 +51,21 @@ from januslens_server.specs import (
     TraceSpec,
     Zero,
 )
-from tests.architectures.cases import LLAMA4, MIXTURES, SHARED_EXPERTS, Case
+from tests.architectures.cases import LLAMA4, MIXTURES, SHARED_EXPERTS, UNGATED, Case
 from tests.architectures.tiny_models import plain, resident
 from tests.reference.interventions import experts_neurons, experts_output
 from tests.support.results import only
 
 TARGET = 7
-every_case = pytest.mark.parametrize("case", MIXTURES + SHARED_EXPERTS, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize(
+    "case", MIXTURES + SHARED_EXPERTS + UNGATED, ids=lambda case: case.id
+)
+every_ungated_case = pytest.mark.parametrize("case", UNGATED, ids=lambda case: case.id)
+
+
+def mlps(network: Any) -> list[Any]:
+    """The MLP of each layer; in Nemotron-H, the only sublayer."""
+    return [layer.mlp if hasattr(layer, "mlp") else layer.mixer for layer in network.model.layers]
 
 
 @every_case
@@ -107,22 +115,23 @@ def test_attention_equals_the_eager_models(case: Case) -> None:
 def test_neurons_are_those_of_the_routed_experts(case: Case) -> None:
     """Activations from the plain model's own router and expert weights, one expert at a time."""
     network = plain(case)
-    inputs: dict[int, Tensor] = {}
-    for i, layer in enumerate(network.model.layers):
-        layer.mlp.register_forward_pre_hook(
-            lambda _m, args, i=i: inputs.update({i: args[0][0, -1]})
-        )
+    inputs: dict[Any, Tensor] = {}
+    mixtures = [mlp for mlp in mlps(network) if hasattr(mlp, "experts")]
+    hooks = [
+        mlp.register_forward_pre_hook(lambda mlp, args: inputs.update({mlp: args[0][0, -1]}))
+        for mlp in mixtures
+    ]
     with torch.no_grad():
         network(torch.tensor([case.prompt]))
-    for layer in network.model.layers:
-        layer.mlp._forward_pre_hooks.clear()
+    for hook in hooks:
+        hook.remove()
 
     spec = TraceSpec(tuple(case.prompt), selection=Selection(1, 1, 0, 0), lens=LensSpec(0, 0))
     for event in trace(resolve_trace(resident(case), spec), lambda: None):
         if not isinstance(event, LayerGraph):
             continue
-        mlp = network.model.layers[event.layer].mlp
-        if not hasattr(mlp, "experts"):
+        mlp = mlps(network)[event.layer]
+        if mlp not in inputs:
             continue
         found = {
             (node.expert, node.neuron): activation
@@ -130,7 +139,7 @@ def test_neurons_are_those_of_the_routed_experts(case: Case) -> None:
             if node.kind is NodeKind.MLP_VALUE
         }
         if found:  # the final norm and the prediction come in a piece of their own
-            expected = routed_neurons(mlp, inputs[event.layer])
+            expected = routed_neurons(mlp, inputs[mlp])
             assert found.keys() == expected.keys()
             for place, value in expected.items():
                 assert found[place] == pytest.approx(value, rel=1e-4, abs=1e-6)
@@ -143,12 +152,16 @@ def routed_neurons(mlp: Any, x: Tensor) -> dict[tuple[int, int], float]:
     half = 0.5 if getattr(mlp, "shared_expert_combination_strategy", "") == "average" else 1.0
     found = {}
     for weight, expert in zip(weights[0], chosen[0].tolist(), strict=True):
-        for neuron, value in enumerate((half * weight * neurons(mlp.experts, expert, x)).tolist()):
+        read = mlp.fc1_latent_proj(x) if hasattr(mlp, "fc1_latent_proj") else x
+        values = half * weight * neurons(mlp.experts, expert, read)
+        for neuron, value in enumerate(values.tolist()):
             found[expert, neuron] = value
     shared = getattr(mlp, "shared_experts", None) or getattr(mlp, "shared_expert", None)
     if shared is not None:
         opening = mlp.shared_expert_gate(x).sigmoid() if hasattr(mlp, "shared_expert_gate") else 1
-        values = half * opening * shared.act_fn(shared.gate_proj(x)) * shared.up_proj(x)
+        values = shared.act_fn(shared.up_proj(x))
+        if hasattr(shared, "gate_proj"):
+            values = half * opening * shared.act_fn(shared.gate_proj(x)) * shared.up_proj(x)
         count = len(mlp.experts.down_proj)
         found |= {(count, neuron): value for neuron, value in enumerate(values.tolist())}
     return found
@@ -158,10 +171,51 @@ def neurons(experts: Any, expert: int, x: Tensor) -> Tensor:
     if hasattr(experts, "gate_up_proj_bias"):
         both = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
         activated: Tensor = experts._apply_gate(both)
+    elif not hasattr(experts, "gate_up_proj"):
+        activated = experts.act_fn(experts.up_proj[expert] @ x)
     else:
         gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
         activated = experts.act_fn(gate) * up
     return activated
+
+
+@every_ungated_case
+def test_keys_and_values_of_latent_experts_are_in_the_residual_basis(case: Case) -> None:
+    """An expert's matrices times those of the linear maps around the experts, if there are any."""
+    layers = [*mlps(plain(case)), None]  # the final norm has the number after the last layer
+    spec = TraceSpec(
+        tuple(case.prompt),
+        selection=Selection(0, 0, 0, 0),
+        lens=LensSpec(0, 0),
+        include_vectors=True,
+    )
+    compared = set()
+    for event in trace(resolve_trace(resident(case), spec), lambda: None):
+        if not isinstance(event, LayerGraph) or not hasattr(layers[event.layer], "experts"):
+            continue
+        mlp = layers[event.layer]
+        assert event.vectors is not None
+        for node, vector in zip(event.nodes, event.vectors, strict=True):
+            if node.kind not in {NodeKind.MLP_KEY, NodeKind.MLP_VALUE}:
+                continue
+            expected = neuron_in_residual_basis(mlp, node)
+            torch.testing.assert_close(torch.tensor(vector), expected, rtol=1e-4, atol=1e-5)
+            compared.add((node.kind, node.expert == len(mlp.experts.down_proj)))
+    assert len(compared) == 4
+
+
+@torch.no_grad()
+def neuron_in_residual_basis(mlp: Any, node: Any) -> Tensor:
+    is_key = node.kind is NodeKind.MLP_KEY
+    if node.expert == len(mlp.experts.down_proj):
+        shared = mlp.shared_experts
+        own: Tensor = shared.up_proj.weight[node.neuron]
+        return own if is_key else shared.down_proj.weight[:, node.neuron]
+    if is_key:
+        own, first = mlp.experts.up_proj[node.expert, node.neuron], mlp.fc1_latent_proj
+        return own if isinstance(first, nn.Identity) else own @ first.weight
+    own, last = mlp.experts.down_proj[node.expert, :, node.neuron], mlp.fc2_latent_proj
+    return own if isinstance(last, nn.Identity) else last.weight @ own
 
 
 CHANGED = {"experts": (3, 0, 1), "neurons": (7, 1, 4)}
@@ -172,7 +226,10 @@ CHANGES = (
 )
 with_and_without_changes = pytest.mark.parametrize(
     ("case", "changes"),
-    [*((case, ()) for case in MIXTURES + SHARED_EXPERTS), *((case, CHANGES) for case in MIXTURES)],
+    [
+        *((case, ()) for case in MIXTURES + SHARED_EXPERTS + UNGATED),
+        *((case, CHANGES) for case in MIXTURES + UNGATED),
+    ],
     ids=lambda value: value.id if isinstance(value, Case) else "changed" if value else "plain",
 )
 
@@ -189,8 +246,7 @@ def neurons_changed(network: Any, changes: Sequence[InterventionSpec]) -> Iterat
         factors[[0, 4], 2] = 0
         return experts_output(experts, neurons * factors, chosen, weights)
 
-    mlps = [layer.mlp for layer in network.model.layers if changes]
-    mixtures = [mlp.experts for mlp in mlps if hasattr(mlp, "experts")]
+    mixtures = [mlp.experts for mlp in mlps(network) if changes and hasattr(mlp, "experts")]
     for experts in mixtures:
         experts.forward = partial(forward, experts)
     try:
@@ -219,7 +275,7 @@ def test_factors_are_the_dense_gradients_of_every_expert(
     seen: set[tuple[int, MatrixKind, int | None]] = set()
     for event in gradient_lens(resolve_gradient_lens(resident(case), spec), lambda: None):
         if isinstance(event, GradientMatrix) and event.expert is not None:
-            dense = expert_gradient(network.model.layers[event.layer].mlp, event)
+            dense = expert_gradient(mlps(network)[event.layer], event)
             parts = event.components
             assert parts.inputs is not None
             assert parts.vjps is not None
@@ -227,7 +283,8 @@ def test_factors_are_the_dense_gradients_of_every_expert(
             assert difference <= 1e-5 * np.linalg.norm(dense), (event.kind, event.expert)
             seen.add((event.layer, event.kind, event.expert))
     kinds = {kind for _, kind, _ in seen}
-    assert kinds == {MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2}
+    gated = {MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2}
+    assert kinds == ({MatrixKind.FF1, MatrixKind.FF2} if case in UNGATED else gated)
     assert_nothing_is_missing(network, seen)
 
 
@@ -236,15 +293,16 @@ def expert_gradient(mlp: Any, matrix: GradientMatrix) -> Tensor:
     experts = mlp.experts
     if matrix.expert == len(experts.down_proj):
         shared = getattr(mlp, "shared_experts", None) or mlp.shared_expert
-        names = {MatrixKind.GATE: "gate_proj", MatrixKind.UP: "up_proj"}
-        module = getattr(shared, names.get(matrix.kind, "down_proj"))
+        names = {MatrixKind.GATE: "gate_proj", MatrixKind.FF2: "down_proj"}
+        module = getattr(shared, names.get(matrix.kind, "up_proj"))
         gradient: Tensor = module.weight.grad.T
         return gradient
     rows_first = hasattr(experts, "gate_up_proj_bias")
-    name = "down_proj" if matrix.kind is MatrixKind.FF2 else "gate_up_proj"
+    first_name = "up_proj" if matrix.kind is MatrixKind.FF1 else "gate_up_proj"
+    name = "down_proj" if matrix.kind is MatrixKind.FF2 else first_name
     own: Tensor = getattr(experts, name).grad[matrix.expert]
     own = own if rows_first else own.T
-    if matrix.kind is MatrixKind.FF2:
+    if matrix.kind in {MatrixKind.FF1, MatrixKind.FF2}:
         return own
     first = matrix.kind is MatrixKind.GATE
     if rows_first:  # gate and up alternate
@@ -254,13 +312,13 @@ def expert_gradient(mlp: Any, matrix: GradientMatrix) -> Tensor:
 
 def assert_nothing_is_missing(network: Any, seen: set[tuple[int, MatrixKind, int | None]]) -> None:
     """Experts without routed positions have a gradient of zero; all others have factors."""
-    for number, layer in enumerate(network.model.layers):
-        if hasattr(layer.mlp, "experts"):
-            gradient = layer.mlp.experts.down_proj.grad
+    for number, mlp in enumerate(mlps(network)):
+        if hasattr(mlp, "experts"):
+            gradient = mlp.experts.down_proj.grad
             moved = gradient.flatten(1).abs().sum(1).nonzero().flatten().tolist()
             routed = {e for at, kind, e in seen if at == number and kind is MatrixKind.FF2}
             assert set(moved) <= routed
-            shared = hasattr(layer.mlp, "shared_experts") or hasattr(layer.mlp, "shared_expert")
+            shared = hasattr(mlp, "shared_experts") or hasattr(mlp, "shared_expert")
             assert (len(gradient) in routed) == shared
 
 
@@ -284,7 +342,8 @@ def test_descent_step_on_experts_equals_sgd_on_a_copy(
         neurons_changed(unchanged, changes),
     ):
         for name, parameter in edited.named_parameters():
-            if ".mlp." in name and name.removesuffix(".weight").endswith(MLP_MATRICES):
+            in_mlp = ".mlp." in name or ".mixer." in name
+            if in_mlp and name.removesuffix(".weight").endswith(MLP_MATRICES):
                 parameter.sub_(rate * parameter.grad)
         before, after = next_token(unchanged, case), next_token(edited, case)
     step = DescentStep((), (), rate)

@@ -137,7 +137,7 @@ SUBLAYERS: dict[Case, Added] = {
         "post_attention_layernorm",
         (STATE_SPACE, SublayerKind.EXPERTS, SublayerKind.MLP),
     ),
-    NEMOTRON_H: Added(3, {MLP: {"mixer": 1.0}}, None, (SublayerKind.EXPERTS,)),
+    NEMOTRON_H: Added(0, {MIXER: {"mixer": 1.0}}, None, (STATE_SPACE,)),
 }
 every_case = pytest.mark.parametrize("case", SUBLAYERS, ids=lambda case: case.id)
 

@@ -425,6 +425,9 @@ def experts_neurons(experts: Any, x: Tensor) -> Tensor:
         both = torch.einsum("td,edm->tem", x, experts.gate_up_proj) + experts.gate_up_proj_bias
         gated: Tensor = experts._apply_gate(both)
         return gated
+    if not hasattr(experts, "gate_up_proj"):  # Nemotron-H
+        ungated: Tensor = experts.act_fn(torch.einsum("td,emd->tem", x, experts.up_proj))
+        return ungated
     gate, up = torch.einsum("td,emd->tem", x, experts.gate_up_proj).chunk(2, dim=-1)
     product: Tensor = experts.act_fn(gate) * up
     return product

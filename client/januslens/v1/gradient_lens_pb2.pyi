@@ -680,7 +680,8 @@ class GradientMatrix(_message.Message):
     """Columns of W; width of delta."""
     projected_side: Global___GradientFactor.ValueType
     """The factor that is in the residual basis and is projected. Unspecified for a module that has no
-    factor in the residual basis: its components have no projections, and `other_side` is delta's.
+    factor in the residual basis, and for experts that read and write latent vectors: components
+    have no projections, and `other_side` is delta's.
     """
     promoted_end: Global___RankingEnd.ValueType
     """The end of the projections with the tokens that a descent step promotes."""

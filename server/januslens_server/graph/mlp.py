@@ -47,41 +47,48 @@ class DenseMlp:
         return MlpRow(terms, self.ff1, self.up)
 
 
-# A function from the results of gate and up to neurons.
-Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# A function from the results of FF1, and in a gated MLP from those of gate and up, to neurons.
+Activation = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Expert:
-    """Weights of one expert: `gate` and `up` `[d_model, d_mlp]`, `down` `[d_mlp, d_model]`."""
+    """Weights of one expert: `ff1` (if gated, the gate), `up` if gated, and `ff2`.
 
-    gate: torch.Tensor
-    gate_bias: torch.Tensor | None
-    up: torch.Tensor
+    `ff1` and `up` are `[d_in, d_mlp]`, `ff2` is `[d_mlp, d_in]`. The width of what an expert reads
+    and writes, `d_in`, is `d_model`, or that of latent vectors.
+    """
+
+    ff1: torch.Tensor
+    ff1_bias: torch.Tensor | None
+    up: torch.Tensor | None
     up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    ff2: torch.Tensor
+    ff2_bias: torch.Tensor | None
     activation: Activation
 
-    def gate_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the results `[..., d_mlp]` of gate and up for `x` `[..., d_model]`."""
-        gate, up = x @ self.gate, x @ self.up
-        return (
-            gate if self.gate_bias is None else gate + self.gate_bias,
-            up if self.up_bias is None else up + self.up_bias,
-        )
+    def hidden(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the results `[..., d_mlp]` of FF1, or of gate and up, for `x` `[..., d_in]`."""
+        found = [x @ self.ff1 if self.ff1_bias is None else x @ self.ff1 + self.ff1_bias]
+        if self.up is not None:
+            found.append(x @ self.up if self.up_bias is None else x @ self.up + self.up_bias)
+        return found
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the neurons `[..., d_mlp]`, which enter `down`, for `x` `[..., d_model]`."""
-        return self.activation(*self.gate_and_up(x))
+        """Return the neurons `[..., d_mlp]`, which enter `ff2`, for `x` `[..., d_in]`."""
+        return self.activation(*self.hidden(x))
 
 
 @dataclass(frozen=True)
 class ExpertMlp:
-    """A mixture of experts; `expert` reads the weights of one expert."""
+    """A mixture of experts; `expert` reads the weights of one expert in the residual basis.
+
+    `bias` `[d_model]` is added to the weighted sum of the experts' results, or None.
+    """
 
     expert: Callable[[int], Expert]
     finish: Finish | None
+    bias: torch.Tensor | None = None
 
     def row(self, acts: LayerActivations, position: int) -> MlpRow:
         """Return the MLP at one position, with the neurons of all routed experts in a row.
@@ -105,28 +112,28 @@ class ExpertMlp:
                 acts.neuron_change(i, at, own[None])[0] for i, own in zip(ids, neurons, strict=True)
             ]
         activations = [weight * own for weight, own in zip(weights, neurons, strict=True)]
-        down = torch.cat([expert.down for expert in experts])
-        widths = [len(expert.down) for expert in experts]
+        ff2 = torch.cat([expert.ff2 for expert in experts])
+        widths = [len(expert.ff2) for expert in experts]
         terms = WeightedRows(
             activations=torch.cat(activations),
-            rows=down,
-            norms=down.norm(dim=1),
-            bias=_weighted_bias(experts, weights),
+            rows=ff2,
+            norms=ff2.norm(dim=1),
+            bias=self._bias(experts, weights),
             experts=np.repeat(ids, widths),
             neurons=np.concatenate([np.arange(n) for n in widths]),
         )
-        gate = torch.cat([expert.gate for expert in experts], dim=1)
-        up = torch.cat([expert.up for expert in experts], dim=1)
-        return MlpRow(terms, gate, up)
+        ff1 = torch.cat([expert.ff1 for expert in experts], dim=1)
+        ups = [expert.up for expert in experts if expert.up is not None]
+        return MlpRow(terms, ff1, torch.cat(ups, dim=1) if ups else None)
 
-
-def _weighted_bias(experts: list[Expert], weights: torch.Tensor) -> torch.Tensor | None:
-    biases = [
-        weight * expert.down_bias
-        for expert, weight in zip(experts, weights, strict=True)
-        if expert.down_bias is not None
-    ]
-    return torch.stack(biases).sum(0) if biases else None
+    def _bias(self, experts: list[Expert], weights: torch.Tensor) -> torch.Tensor | None:
+        biases = [
+            weight * expert.ff2_bias
+            for expert, weight in zip(experts, weights, strict=True)
+            if expert.ff2_bias is not None
+        ]
+        biases += [] if self.bias is None else [self.bias]
+        return torch.stack(biases).sum(0) if biases else None
 
 
 MLP_KINDS = RowKinds(NodeKind.MLP_VALUE, NodeKind.MLP_BIAS)

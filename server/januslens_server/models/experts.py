@@ -7,7 +7,7 @@ shared expert, which every position uses, consists of linear modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,15 @@ from januslens_server.transfer import to_device, to_host
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """An expert that every position uses beside the routed ones.
+    """An expert that every position uses beside the routed ones; it is gated if `up` is set.
 
     Its weight is `multiplier`, times the sigmoid of what the linear map `opening` `[d_model, 1]`
     returns if there is one.
     """
 
-    gate: Linear
-    up: Linear
-    down: Linear
+    ff1: Linear
+    up: Linear | None
+    ff2: Linear
     activation: Activation
     multiplier: float = 1.0
     opening: Linear | None = None
@@ -42,7 +42,9 @@ class SharedExpert:
     @property
     def matrices(self) -> dict[MatrixKind, Linear]:
         """Weight matrices by kind."""
-        return {MatrixKind.GATE: self.gate, MatrixKind.UP: self.up, MatrixKind.FF2: self.down}
+        if self.up is None:
+            return {MatrixKind.FF1: self.ff1, MatrixKind.FF2: self.ff2}
+        return {MatrixKind.GATE: self.ff1, MatrixKind.UP: self.up, MatrixKind.FF2: self.ff2}
 
     @property
     def taps(self) -> dict[str, Tap]:
@@ -61,10 +63,22 @@ class SharedExpert:
 
 
 @dataclass(frozen=True)
+class LatentExperts:
+    """Linear maps around routed experts that read and write latent vectors (Nemotron-H).
+
+    `down` maps what the MLP reads to the experts' inputs, `up` the weighted sum of their results to
+    what the MLP adds.
+    """
+
+    down: Linear
+    up: Linear
+
+
+@dataclass(frozen=True)
 class ExpertCall:
     """One call of an expert's module, as far as it concerns one expert.
 
-    The expert reads `x` `[n, d_model]` in float32 at `positions` `[n]`. Its results, times
+    The expert reads `x` `[n, d_in]` in float32 at `positions` `[n]`. Its results, times
     `weights` `[n, 1]`, are added to the `rows` `[n]` of what the module returns.
     """
 
@@ -78,17 +92,19 @@ class ExpertCall:
 class Experts:
     """A mixture of experts in transformers' layout.
 
-    `block` is the whole MLP. `module` has the parameters `gate_up_proj` and `down_proj`
-    `[n_experts, ...]`; its arguments are the hidden states `[pos, d_model]`, the experts `[pos, k]`
-    and their weights `[pos, k]`. `gate` and `up` are column ranges of the fused projection.
-    `router` returns the router's logits first; None if no module returns them. The result of
-    `module` is multiplied by `multiplier` before the `shared` expert's is added, whose number
-    follows those of the others. `stored_as_rows`, `finish` and `added` are as in `Linear` and
-    `Mlp`.
+    `block` is the whole MLP. `module` has the parameters `ff1_name` and `down_proj`
+    `[n_experts, ...]`; its arguments are the hidden states `[pos, d_in]`, the experts `[pos, k]`
+    and their weights `[pos, k]`. Of gated experts, `gate` and `up` are column ranges of the fused
+    projection; of others they are None. `router` returns the router's logits first; None if no
+    module returns them. The result of `module` is multiplied by `multiplier` before the `shared`
+    expert's is added, whose number follows those of the others. `stored_as_rows`, `finish` and
+    `added` are as in `Linear` and `Mlp`.
 
     In Llama 4 the router's weights multiply what experts read instead of their results. `scores` is
     then the tap of these weights `[pos, n_experts]`, which are 0 for all but `per_token` experts.
     `module` reads and returns `[n_experts * pos, d_model]`, the rows of each expert in turn.
+
+    With `latent` maps, `d_in` is the width of the vectors between them; else it is `d_model`.
 
     In Granite, the shared expert's result `beside` `[batch, pos, d_model]` is added outside of
     `block`.
@@ -98,9 +114,10 @@ class Experts:
     module: nn.Module
     router: nn.Module | None
     stored_as_rows: bool
-    gate: Columns
-    up: Columns
+    gate: Columns | None
+    up: Columns | None
     activation: Activation
+    ff1_name: str = "gate_up_proj"
     multiplier: float = 1.0
     shared: SharedExpert | None = None
     finish: Finish | None = None
@@ -108,6 +125,7 @@ class Experts:
     scores: Tap | None = None
     per_token: int = 0
     beside: Tap | None = None
+    latent: LatentExperts | None = None
 
     @property
     def count(self) -> int:
@@ -127,7 +145,7 @@ class Experts:
     @property
     def n_shared(self) -> int:
         """Number of neurons of the shared expert; 0 without one."""
-        return 0 if self.shared is None else self.shared.down.d_in
+        return 0 if self.shared is None else self.shared.ff2.d_in
 
     @property
     def input(self) -> Tap:
@@ -229,27 +247,74 @@ class Experts:
     @property
     def matrices(self) -> dict[MatrixKind, ExpertMatrices]:
         """Weight matrices by kind, each for all experts."""
-        kinds = (MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2)
+        gated = (MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2)
+        kinds = (MatrixKind.FF1, MatrixKind.FF2) if self.up is None else gated
         return {kind: ExpertMatrices(self, kind) for kind in kinds}
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All linear modules: those of the shared expert and around the routed ones."""
+        latent = [] if self.latent is None else [self.latent.down, self.latent.up]
+        if self.shared is None:
+            return latent
+        opening = [] if self.shared.opening is None else [self.shared.opening]
+        return [*latent, *self.shared.matrices.values(), *opening]
 
     def mlp(self) -> ExpertMlp:
         """The experts in the form that the flow graph reads."""
-        return ExpertMlp(self.expert, self.finish)
+        bias = None
+        if self.latent is not None and self.latent.up.bias is not None:
+            bias = self.latent.up.bias.float() * self.multiplier
+        return ExpertMlp(self.expert_of_residual, self.finish, bias)
 
     def expert(self, index: int) -> Expert:
-        """One expert's weights in float32."""
+        """One expert's weights in float32, as they are stored."""
         matrices = self.matrices
-        gate, up, down = (matrices[kind] for kind in matrices)
+        first, *ups, last = matrices.values()
+        up = ups[0] if ups else None
         of_shared = self.shared is not None and index == self.count
         return Expert(
-            gate=gate.weight_of(index).float(),
-            gate_bias=gate.bias_of(index),
-            up=up.weight_of(index).float(),
-            up_bias=up.bias_of(index),
-            down=down.weight_of(index).float(),
-            down_bias=down.bias_of(index),
+            ff1=first.weight_of(index).float(),
+            ff1_bias=first.bias_of(index),
+            up=None if up is None else up.weight_of(index).float(),
+            up_bias=None if up is None else up.bias_of(index),
+            ff2=last.weight_of(index).float(),
+            ff2_bias=last.bias_of(index),
             activation=self.shared.activation if self.shared and of_shared else self.activation,
         )
+
+    def expert_of_residual(self, index: int) -> Expert:
+        """One expert's weights in the residual basis, multiplied by those of the latent maps.
+
+        The bias of `latent.up` is that of the whole mixture and not included.
+        """
+        own = self.expert(index)
+        if self.latent is None or index == self.count:
+            return own
+        down, up = self.latent.down, self.latent.up
+        biases = [own.ff1_bias, own.up_bias]
+        if down.bias is not None:
+            maps = [own.ff1, own.up]
+            biases = [
+                None if weight is None else down.bias.float() @ weight + (0 if b is None else b)
+                for weight, b in zip(maps, biases, strict=True)
+            ]
+        return replace(
+            own,
+            ff1=down.weight.float() @ own.ff1,
+            ff1_bias=biases[0],
+            up=None if own.up is None else down.weight.float() @ own.up,
+            up_bias=biases[1],
+            ff2=own.ff2 @ up.weight.float(),
+            ff2_bias=None if own.ff2_bias is None else own.ff2_bias @ up.weight.float(),
+        )
+
+    def value_rows(self) -> Iterator[torch.Tensor]:
+        """Yield what neurons write to the residual stream `[d_mlp, d_model]`, expert by expert."""
+        stored = self.matrices[MatrixKind.FF2].weights()
+        for index, own in enumerate(stored):
+            latent = None if index == self.count else self.latent
+            yield own if latent is None else own.float() @ latent.up.weight.float()
 
 
 @dataclass(frozen=True)
@@ -271,7 +336,14 @@ class ExpertMatrices:
     @property
     def taps(self) -> tuple[Tap, ...]:
         """Taps that `factors` needs."""
-        return (self.experts.input, self.whole, *self.experts.routing_taps.values())
+        latent = self.experts.latent
+        between = () if latent is None else (latent.down.output,)
+        return (self.experts.input, self.whole, *between, *self.experts.routing_taps.values())
+
+    @property
+    def in_residual_basis(self) -> bool:
+        """Whether the routed experts read and write the residual basis, not latent vectors."""
+        return self.experts.latent is None
 
     @property
     def module(self) -> nn.Module:
@@ -329,12 +401,21 @@ class ExpertMatrices:
         The VJPs contain the router's weight, the inputs do not, unless the weight multiplies what
         an expert reads (docs/semantics.md).
         """
-        x = rows(captured[self.experts.input]).detach()
+        x, latent = rows(captured[self.experts.input]).detach(), self.experts.latent
+        read, own = x, vjps
+        if latent is not None:
+            read = rows(captured[latent.down.output]).detach()
+            own = vjps @ latent.up.weight.float().T
         named = {name: captured[tap] for name, tap in self.experts.routing_taps.items()}
         routing = self.experts.routing(named)
         chosen = to_host(routing.experts)[0].numpy()  # waits once for all experts
         return {
-            expert: self._factors(expert, np.argwhere(chosen == expert), x, vjps, routing)
+            expert: self._factors(
+                expert,
+                np.argwhere(chosen == expert),
+                *((x, vjps) if expert == self.experts.count else (read, own)),
+                routing,
+            )
             for expert in np.unique(chosen).tolist()
         }
 
@@ -352,29 +433,31 @@ class ExpertMatrices:
         own = routing.read(x[positions], positions, slots)
         delta = vjps[positions] * routing.weights[positions, slots, None]
         with torch.enable_grad():
-            gate, up = (v.detach().requires_grad_() for v in expert.gate_and_up(own.float()))
-            neurons = expert.activation(gate, up)
+            hidden = [v.detach().requires_grad_() for v in expert.hidden(own.float())]
+            neurons = expert.activation(*hidden)
             if self.change is not None:
                 neurons = self.change(index, positions, neurons)
-            through_down = delta @ expert.down.T
             if neurons.requires_grad:
-                gate_vjps, up_vjps = torch.autograd.grad(neurons, (gate, up), through_down)
+                hidden_vjps = torch.autograd.grad(neurons, hidden, delta @ expert.ff2.T)
             else:  # interventions replace all neurons
-                gate_vjps, up_vjps = torch.zeros_like(gate), torch.zeros_like(up)
+                hidden_vjps = tuple(torch.zeros_like(v) for v in hidden)
         if self.kind is MatrixKind.FF2:
             return Factors(neurons.detach(), delta, positions)
-        return Factors(own, gate_vjps if self.kind is MatrixKind.GATE else up_vjps, positions)
+        return Factors(own, hidden_vjps[HIDDEN_OF[self.kind]], positions)
 
     @property
     def _name(self) -> str:
-        return "down_proj" if self.kind is MatrixKind.FF2 else "gate_up_proj"
+        return "down_proj" if self.kind is MatrixKind.FF2 else self.experts.ff1_name
 
     @property
     def _columns(self) -> Columns | None:
         if self.kind is MatrixKind.FF2:
             return None
-        return self.experts.gate if self.kind is MatrixKind.GATE else self.experts.up
+        return self.experts.up if self.kind is MatrixKind.UP else self.experts.gate
 
+
+# Which result of `Expert.hidden` a matrix gives.
+HIDDEN_OF = {MatrixKind.FF1: 0, MatrixKind.GATE: 0, MatrixKind.UP: 1}
 
 # Changes of matrices by expert and kind.
 ExpertChanges = dict[int, dict[MatrixKind, LowRank]]
@@ -384,7 +467,7 @@ ExpertChanges = dict[int, dict[MatrixKind, LowRank]]
 class ExpertOverlay:
     """Overlay that changes matrices of some routed experts of one MLP.
 
-    An expert is not linear in its gate. What a change adds to its result is therefore the
+    An expert is not linear in its first matrices. What a change adds to its result is therefore the
     difference of two runs, on the positions that are routed to it. `neuron_change` is what
     interventions do to the neurons of both runs.
     """
@@ -404,18 +487,17 @@ class ExpertOverlay:
         return _with_moved(self.experts, args, output, self.changes, self._moved)
 
     def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Difference that the changes make to one expert's result for `x` `[n, d_model]`."""
+        """Difference that the changes make to one expert's result for `x` `[n, d_in]`."""
         expert, changes = self.experts.expert(index), self.changes[index]
-        gate, up = expert.gate_and_up(x)
-        before = expert.activation(gate, up)
-        if MatrixKind.GATE in changes:
-            gate = gate + changes[MatrixKind.GATE].times(x)
-        if MatrixKind.UP in changes:
-            up = up + changes[MatrixKind.UP].times(x)
-        after = expert.activation(gate, up)
+        hidden = expert.hidden(x)
+        before = expert.activation(*hidden)
+        for kind, change in changes.items():
+            if kind in HIDDEN_OF:
+                hidden[HIDDEN_OF[kind]] = hidden[HIDDEN_OF[kind]] + change.times(x)
+        after = expert.activation(*hidden)
         if self.neuron_change is not None:
             before, after = (self.neuron_change(index, positions, n) for n in (before, after))
-        moved = (after - before) @ expert.down
+        moved = (after - before) @ expert.ff2
         if MatrixKind.FF2 in changes:
             moved = moved + changes[MatrixKind.FF2].times(after)
         return moved
@@ -445,7 +527,7 @@ class NeuronOverlay:
     def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         expert = self.experts.expert(index)
         neurons = expert.neurons(x)
-        return (self.change(index, positions, neurons) - neurons) @ expert.down
+        return (self.change(index, positions, neurons) - neurons) @ expert.ff2
 
 
 def _with_moved(

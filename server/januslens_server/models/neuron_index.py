@@ -10,10 +10,10 @@ import torch
 
 from januslens_server import telemetry
 from januslens_server.lens.row_index import RowIndex, index_rows
-from januslens_server.models.matrices import Linear
+from januslens_server.models.experts import Experts
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.views import Block, ModelView
-from januslens_server.results import MatrixKind, Provenance
+from januslens_server.results import Provenance
 
 # Tokens stored for each end of a neuron's projection, and the maximum bytes of a model's index.
 DEPTH = 64
@@ -135,9 +135,11 @@ def _depth(view: ModelView) -> int:
 
 
 def _value_rows(block: Block) -> Iterator[torch.Tensor]:
-    """Yield FF2 `[d_mlp, d_model]`; in a mixture, that of each expert."""
-    matrix = block.matrices[MatrixKind.FF2]
-    yield from [matrix.weight] if isinstance(matrix, Linear) else matrix.weights()
+    """Yield what neurons write `[d_mlp, d_model]`; in a mixture, for each expert."""
+    if isinstance(block.mlp, Experts):
+        yield from block.mlp.value_rows()
+    elif block.mlp is not None:
+        yield block.mlp.ff2.weight
 
 
 def _description(view: ModelView, provenance: Provenance) -> dict[str, str]:

@@ -511,9 +511,7 @@ def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     matrices += [] if block.attention is None else block.attention.linears
     matrices += [each for sublayer in block.beside for each in sublayer.maps]
     experts = block.mlp if isinstance(block.mlp, Experts) else None
-    if experts is not None and experts.shared is not None:
-        matrices += experts.shared.matrices.values()
-        matrices += [] if experts.shared.opening is None else [experts.shared.opening]
+    matrices += [] if experts is None else experts.linears
     whole = {id(m.module) for m in matrices if _covered(m, matrices)}
     for path, module in block.module.named_modules():
         if id(module) in whole or _is_norm(module) or _is_activation(module):
@@ -547,7 +545,7 @@ def _of_experts(experts: Experts, module: nn.Module, name: str, parameter: nn.Pa
     or number per expert.
     """
     if module is experts.module:
-        return name.removesuffix("_bias") in {"gate_up_proj", "down_proj"}
+        return name.removesuffix("_bias") in {experts.ff1_name, "down_proj"}
     if experts.router is not None and any(module is own for own in experts.router.modules()):
         return True
     inside = any(module is other for other in experts.block.modules())

@@ -18,6 +18,7 @@ from januslens_server.lens.backward_lens import (
     lengths,
     spectrum,
 )
+from januslens_server.models.experts import ExpertMatrices
 from januslens_server.models.failures import check_numbers
 from januslens_server.models.matrices import Factors, Linear, MatrixKey
 from januslens_server.pipelines.metrics import read
@@ -144,7 +145,7 @@ class FactorReader:
             component_count=len(inputs),
             frobenius_norm=norm,
             spectrum=self._spectrum(inputs, vjps, side),
-            neurons=self._neurons(key, residual, outside) if kind in OVER_NEURONS else None,
+            neurons=None if side is None else self._neurons(key, residual, outside),
             lora=self._lora(key, factors, order),
         )
 
@@ -193,7 +194,7 @@ class FactorReader:
         self, key: MatrixKey, residual: torch.Tensor, outside: torch.Tensor
     ) -> NeuronChanges | None:
         """Return the neurons that a descent step changes most; the default learning rate is 1."""
-        if not self._spec.neurons:
+        if not self._spec.neurons or key[1] not in OVER_NEURONS:
             return None
         rate = self._spec.learning_rate
         norms = change_norms(outside, residual)
@@ -249,6 +250,9 @@ class FactorReader:
         layer, kind, _ = key
         if isinstance(kind, str):
             return self._model.view.blocks[layer].maps[kind].side
+        matrix = self._model.view.matrix(key)
+        if isinstance(matrix, ExpertMatrices) and not matrix.in_residual_basis:
+            return None
         return Side.VJP if kind in WRITES_RESIDUAL else Side.INPUT
 
     def _residual_side(self, key: MatrixKey, factors: Factors) -> torch.Tensor:

@@ -16,7 +16,7 @@ from januslens_server.graph.weights import Finish, QueryScaling, Scoring
 from januslens_server.models.adapters.observed_attention import AttentionFinder
 from januslens_server.models.adapters.observed_mlp import (
     FoundMlp,
-    activates,
+    activation_between,
     dense_mlp,
     find_experts,
     is_linear,
@@ -213,6 +213,8 @@ class BlockFinder:
                 rest, others = rest[: len(mlp)], rest[len(mlp) :]
         else:
             outside = [e for e in linears if not e.name.startswith(f"{experts.name}.")]
+            if not outside:
+                return None, experts, others
             attention = [call for call in outside if _parent(call) == _parent(outside[0])]
             rest = outside[len(attention) :]
             if len(attention) < 2:
@@ -244,9 +246,9 @@ class BlockFinder:
             return AttentionFinder(self._name, owner, linears, self._calls), None
         if kind is not SublayerKind.OTHER or widths != {linears[-1].input.shape}:
             return None
-        if len(linears) == 3 or (len(linears) == 2 and activates(linears, self._calls, config)):
-            return None, dense_mlp(linears, self._calls, config)
-        return None
+        if len(linears) == 2 and activation_between(linears, self._calls, config) is None:
+            return None
+        return (None, dense_mlp(linears, self._calls, config)) if len(linears) in {2, 3} else None
 
     def _owner(self, maps: Sequence[ModuleCall]) -> nn.Module:
         """Return the module that contains the first of the maps."""

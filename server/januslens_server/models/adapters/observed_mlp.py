@@ -26,9 +26,10 @@ from januslens_server.models.adapters.observed_pass import (
     TOLERANCE,
     ModuleCall,
     difference,
+    same_memory,
     scales,
 )
-from januslens_server.models.experts import Experts, SharedExpert
+from januslens_server.models.experts import Experts, LatentExperts, SharedExpert
 from januslens_server.models.matrices import Linear
 from januslens_server.models.views import Mlp
 
@@ -83,15 +84,17 @@ def dense_mlp(
 
 
 @torch.no_grad()
-def activates(
+def activation_between(
     maps: Sequence[ModuleCall], calls: Sequence[ModuleCall], config: PreTrainedConfig
-) -> bool:
-    """Whether the second of two maps reads an activation function of what the first returns."""
+) -> nn.Module | None:
+    """Return the activation function whose result the second of two maps reads, or None."""
     first, neurons = rows(maps[0].output).float(), rows(maps[1].input)
-    return first.shape == neurons.shape and any(
-        difference(function(first), neurons) <= TOLERANCE[neurons.dtype]
-        for function in _activations(calls, config)
-    )
+    if first.shape != neurons.shape:
+        return None
+    for function in _activations(calls, config):
+        if difference(function(first), neurons) <= TOLERANCE[neurons.dtype]:
+            return function
+    return None
 
 
 @torch.no_grad()
@@ -111,11 +114,16 @@ def find_experts(
     if name == block or whole is None:
         raise ModelFailed(f"{call.name} is not inside a module that computes the whole MLP")
     inside = [other for other in calls if other.name.startswith(f"{name}.")]
+    down, up = _latent_maps(call, whole, inside)
     experts = _routed(whole, call, inside)
+    if down is not None and up is not None:
+        experts = replace(experts, latent=LatentExperts(linear(down), linear(up)))
     maps = [
-        other for other in inside if is_linear(other) and other.output.shape[-1] != experts.count
+        other
+        for other in inside
+        if is_linear(other) and other.output.shape[-1] != experts.count and other not in (down, up)
     ]
-    experts = _added_up(experts, whole, call, maps, calls, config)
+    experts = _added_up(experts, whole, up or call, maps, calls, config)
     return FoundMlp(experts, whole.input, whole.module, whole, name)
 
 
@@ -135,14 +143,24 @@ def with_shared_outside(
     reads = difference(rows(maps[0].input), rows(found.input)) <= TOLERANCE[found.input.dtype]
     if not isinstance(experts, Experts) or experts.shared is not None or not reads:
         raise ModelFailed(f"{maps[0].name} is not part of a shared expert")
-    gated, down = _gated(maps, calls, config), linear(maps[-1])
-    shared = SharedExpert(gated.gate, gated.up, down, gated.activation)
-    return replace(found, parts=replace(experts, shared=shared, beside=down.output))
+    shared = _shared(maps, calls, config)
+    return replace(found, parts=replace(experts, shared=shared, beside=shared.ff2.output))
 
 
 def stacked_experts(module: Any, block: nn.Module, router: nn.Module | None) -> Experts:
     """Map experts in 3-D parameters, in the layout that transformers declares for the module."""
     transposed, concatenated = module.is_transposed, module.is_concatenated
+    if not module.has_gate:
+        return Experts(
+            block=block,
+            module=module,
+            router=router,
+            stored_as_rows=transposed,
+            gate=None,
+            up=None,
+            activation=module.act_fn,
+            ff1_name="up_proj",
+        )
     width = module.down_proj.shape[1 if transposed else 2]
     both = range(2 * width)
     gate, up = (both[:width], both[width:]) if concatenated else (both[::2], both[1::2])
@@ -170,9 +188,23 @@ def _stacks_experts(module: nn.Module) -> bool:
     return "down_proj" in own and own["down_proj"].dim() == 3
 
 
+def _latent_maps(
+    call: ModuleCall, whole: ModuleCall, inside: Sequence[ModuleCall]
+) -> tuple[ModuleCall | None, ModuleCall | None]:
+    """Return the calls of the linear maps before and after the experts' module, if it has both."""
+    maps = [other for other in inside if is_linear(other)]
+    for down in maps:
+        if not same_memory(down.output, call.input) or not same_memory(down.input, whole.input):
+            continue
+        for up in maps:
+            if same_memory(up.input, call.output) and up.output.shape[-1] == whole.output.shape[-1]:
+                return down, up
+    return None, None
+
+
 def _routed(whole: ModuleCall, call: ModuleCall, inside: Sequence[ModuleCall]) -> Experts:
     """Map the routed experts; their results must add up to what their module returned."""
-    if getattr(call.module, "has_gate", False) and len(call.tensors) == 3:
+    if hasattr(call.module, "has_gate") and len(call.tensors) == 3:
         experts = stacked_experts(call.module, whole.module, None)
     else:
         experts = _with_weighted_inputs(whole, call, inside)
@@ -218,8 +250,8 @@ def _with_weighted_inputs(
 
 
 def _result(expert: Expert, x: torch.Tensor) -> torch.Tensor:
-    down = expert.activation(*expert.gate_and_up(x)) @ expert.down
-    return down if expert.down_bias is None else down + expert.down_bias
+    down = expert.neurons(x) @ expert.ff2
+    return down if expert.ff2_bias is None else down + expert.ff2_bias
 
 
 def _router(inside: Sequence[ModuleCall], count: int) -> nn.Module | None:
@@ -249,7 +281,7 @@ def _added_up(
 ) -> Experts:
     """Add the shared expert among the other linear `maps` of the MLP, and both multipliers.
 
-    They must give what the MLP returns.
+    They must give what the MLP returns; `call` gives the sum of the routed experts' results.
     """
     opening = next((other for other in maps if other.output.shape[-1] == 1), None)
     maps = [other for other in maps if other is not opening]
@@ -273,18 +305,28 @@ def _added_up(
     experts = replace(experts, multiplier=one)
     if not maps:
         return experts
-    gated = _gated(maps, calls, config)
-    return replace(
-        experts,
-        shared=SharedExpert(
-            gated.gate,
-            gated.up,
-            linear(maps[-1]),
-            gated.activation,
-            other,
-            None if opening is None else linear(opening),
-        ),
+    found = replace(
+        _shared(maps, calls, config),
+        multiplier=other,
+        opening=None if opening is None else linear(opening),
     )
+    return replace(experts, shared=found)
+
+
+def _shared(
+    maps: Sequence[ModuleCall], calls: Sequence[ModuleCall], config: PreTrainedConfig
+) -> SharedExpert:
+    """Map a shared expert of two or three linear maps; it is gated unless two are enough.
+
+    Raises:
+        ModelFailed: No activation function reproduces its neurons.
+    """
+    if len(maps) == 2:
+        activation = activation_between(maps, calls, config)
+        if activation is not None:
+            return SharedExpert(linear(maps[0]), None, linear(maps[1]), activation)
+    gated = _gated(maps, calls, config)
+    return SharedExpert(gated.gate, gated.up, linear(maps[-1]), gated.activation)
 
 
 class _Gated(NamedTuple):
