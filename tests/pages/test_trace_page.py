@@ -17,9 +17,10 @@ from januslens import _presentation as presentation
 from januslens.v1 import common_pb2
 from januslens.viewer.html import gradient_page, trace_page
 from tests.client import presentation_fixtures as fixtures
-from tests.pages.conftest import ELAPSED, PROMPT, Traced, exported, wait_until
+from tests.pages.conftest import ELAPSED, PROMPT, Traced, exported, traced, wait_until
 from tests.pages.models import HOSTILE
 from tests.support.axe import serious_findings
+from tests.support.server import ServerProcess
 
 STRONGEST = "L3/p7/HEAD_OUTPUT/h2"
 VALUE = "L3/p7/MEMORY_VALUE/h2/s3"
@@ -744,6 +745,37 @@ def test_heads_of_a_mixer_are_rows_of_its_panel(tab: Page, demo: Traced, tmp_pat
     assert upper
     assert lower
     assert upper["height"] <= lower["y"] - upper["y"] < 2 * upper["height"]
+
+
+def test_bytes_of_one_character_are_text_in_the_title(
+    tab: Page, random_server: ServerProcess, tmp_path: Path
+) -> None:
+    prompt = "عاصمة 🐱👩\u200d🚀 or"  # each character is two to four tokens
+    with januslens.Client(random_server.address) as client:
+        page = traced(client, tmp_path / "bytes.html", prompt, model="random")
+    assert len(page.trace.prompt_tokens) > len(prompt)
+    opened(tab, page)
+    expect(tab.locator("h1 .prompt")).to_have_text(prompt)
+    expect(tab.locator("h1 .prompt .selected")).to_have_text(" or")
+    assert tab.title() == f"{prompt} · Januslens".replace("\u200d", "<U+200D>")
+
+
+def test_labels_of_rows_stay_when_a_narrow_window_scrolls(tab: Page, demo: Traced) -> None:
+    tab.set_viewport_size({"width": 390, "height": 844})
+    opened(tab, demo)
+    box = tab.locator(".overview-box").first
+    assert box.evaluate("box => box.scrollLeft") > 0
+    cell = tab.locator('svg.overview .cell[data-id="L1/p7/BLOCK_OUTPUT"]').bounding_box()
+    label = box.locator(".row-labels span", has_text="L1").bounding_box()
+    rank = box.locator(".ranks text").first.bounding_box()
+    assert cell
+    assert label
+    assert rank
+    assert label["y"] == pytest.approx(cell["y"], abs=1)
+    assert 0 <= label["x"] < label["x"] + label["width"] < cell["x"]
+    assert rank["x"] + rank["width"] <= 390
+    box.locator(".row-labels span", has_text="L1").click()
+    expect(tab.locator(".layer h2", has_text="Layer 1")).to_be_visible()
 
 
 def test_saved_names_are_a_part_of_the_page(tab: Page, demo: Traced, tmp_path: Path) -> None:

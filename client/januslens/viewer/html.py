@@ -25,7 +25,7 @@ from januslens.results.exports import json_line, page_html
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.intervene import InterventionEffects
-from januslens.results.tokens import OPEN_BOX, Token
+from januslens.results.tokens import OPEN_BOX, Token, visible
 from januslens.results.trace import Trace
 from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
 
@@ -167,7 +167,8 @@ def _inert(text: str) -> str:
 
 
 def _text(prompt: Sequence[Token]) -> str:
-    return "".join(str(token) for token in prompt).replace(OPEN_BOX, " ").strip()
+    raw = b"".join(token.raw or str(token).encode() for token in prompt)
+    return visible(raw.decode(errors="replace")).replace(OPEN_BOX, " ").strip()
 
 
 @page_html.register

@@ -54,9 +54,12 @@ test('the selected column of a long prompt is wider than the other labelled ones
   assert.ok((columns[50]?.width ?? 0) > 1.4 * Math.max(...others))
 })
 
-test('thirty layers have cells of fourteen pixels', () => {
+test('thirty layers have cells as high as a label, and room for bars and arcs between them', () => {
   const thirty = Array.from({ length: 30 }, (_, i) => i)
-  assert.ok(layout(10, thirty, 9, 1100, 214).cellHeight >= 14)
+  const { cellHeight, rows } = layout(10, thirty, 9, 1100, 214)
+  assert.ok(cellHeight >= 17)
+  const pitch = (rows[0]?.y ?? 0) - (rows[1]?.y ?? 0)
+  assert.ok(pitch - cellHeight >= 8)
 })
 
 test('layers go upward from the embedding', () => {

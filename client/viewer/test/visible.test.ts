@@ -1,6 +1,14 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { cut, directionOf, fitted, fromBase64, tokenOf, visible } from '../src/model/tokens'
+import {
+  cut,
+  directionOf,
+  fitted,
+  fromBase64,
+  piecesOf,
+  tokenOf,
+  visible,
+} from '../src/model/tokens'
 import { at } from '../src/presentation/wording'
 import cases from './labels.json'
 
@@ -28,6 +36,31 @@ test('the direction of a prompt is that of most of its letters', () => {
   assert.equal(directionOf(tokens(['<bos>', 'عاصمة', ' فرنسا'])), 'rtl')
   assert.equal(directionOf(tokens(['The word ', 'עיר', ' means city'])), 'ltr')
   assert.equal(directionOf(tokens(['12', '?'])), 'ltr')
+})
+
+const byteToken = (bytes: readonly number[], id: number) =>
+  tokenOf({ id, text: '\ufffd', raw: btoa(String.fromCharCode(...bytes)) })
+
+test('the bytes of one character are one piece of a prompt', () => {
+  const [space, sad] = [0x20, [0xd8, 0xb5]] as const
+  const tokens = [[space, sad[0]], [sad[1]], [0xf0, 0x9f], [0x90], [0xb1], [0xd8]].map(byteToken)
+  assert.deepEqual(
+    piecesOf(tokens).map(({ first, last, label }) => [first, last, label]),
+    [
+      [0, 1, '␣ص'],
+      [2, 4, '🐱'],
+      [5, 5, '<0xD8>'], // not a whole character
+    ],
+  )
+  assert.equal(directionOf(tokens), 'rtl')
+})
+
+test('a byte that other tokens do not complete stays a byte', () => {
+  const tokens = [byteToken([0xd8], 0), tokenOf({ id: 1, text: 'a' }), byteToken([0xb5], 2)]
+  assert.deepEqual(
+    piecesOf(tokens).map(({ label }) => label),
+    ['<0xD8>', 'a', '<0xB5>'],
+  )
 })
 
 test('a fitted label keeps its direction', () => {

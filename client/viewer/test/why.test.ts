@@ -41,7 +41,7 @@ test('a long source token keeps its position in a narrow figure', () => {
   const { graph, tree } = made()
   graph.prompt[0] = { id: 1, text: 'Bakersfield', label: 'Bakersfield' }
   const texts = whyLayout(graph, tree, 350).sources.map(({ text }) => text)
-  assert.deepEqual(texts, ['Bak… (0)', '␣of (1)', 'other tokens'])
+  assert.deepEqual(texts, ['Bak… (0)', '␣of (1)', 'others'])
 })
 
 test('a neuron keeps its number in a figure of one column of a paper', () => {

@@ -11,7 +11,7 @@ const REPLACEMENT = '\ufffd'
 
 /** Replaces characters that a page would hide or interpret with visible ones; "" stays empty. */
 export function visible(text: string, raw: Uint8Array = new Uint8Array()): string {
-  if (text.includes(REPLACEMENT) && raw.length > 0 && !isText(raw)) return bytes(raw)
+  if (text.includes(REPLACEMENT) && raw.length > 0 && textOf(raw) === undefined) return bytes(raw)
   const shown = Array.from(text, visibleCharacter).join('')
   return COMBINING.test(shown) ? `◌${shown}` : shown
 }
@@ -28,12 +28,12 @@ function bytes(raw: Uint8Array): string {
   return Array.from(raw, (b) => `<0x${b.toString(16).toUpperCase().padStart(2, '0')}>`).join('')
 }
 
-function isText(raw: Uint8Array): boolean {
+/** The text of bytes; undefined if they are not valid UTF-8. */
+function textOf(raw: Uint8Array): string | undefined {
   try {
-    new TextDecoder('utf-8', { fatal: true }).decode(raw)
-    return true
+    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(raw)
   } catch {
-    return false
+    return undefined
   }
 }
 
@@ -58,11 +58,45 @@ export function fitted(label: string, length: number): string {
   return isolated(cut(label, length))
 }
 
+/** Adjacent tokens that are text only together, such as the bytes of one character, or one token. */
+export interface Piece {
+  /** Index of its first token. */
+  first: number
+  last: number
+  text: string
+  label: string
+}
+
+const LONGEST = 8 // tokens; a character has at most four bytes
+
+/** The text of tokens, in which bytes of one character that are several tokens are one piece. */
+export function piecesOf(tokens: readonly Token[]): Piece[] {
+  const pieces: Piece[] = []
+  for (let first = 0; first < tokens.length; first++) {
+    const { text, label } = tokens[first] as Token
+    const piece = joined(tokens, first) ?? { first, last: first, text, label }
+    pieces.push(piece)
+    first = piece.last
+  }
+  return pieces
+}
+
+function joined(tokens: readonly Token[], first: number): Piece | undefined {
+  const raw: number[] = []
+  for (const [i, { part }] of tokens.slice(first, first + LONGEST).entries()) {
+    if (!part) return undefined
+    raw.push(...part)
+    const text = textOf(Uint8Array.from(raw))
+    if (text !== undefined) return { first, last: first + i, text, label: visible(text) }
+  }
+  return undefined
+}
+
 const LETTER = /\p{L}/gu
 
 /** The direction of most letters of a text. */
 export function directionOf(tokens: readonly Token[]): 'ltr' | 'rtl' {
-  const letters = tokens.flatMap(({ text }) => text.match(LETTER) ?? [])
+  const letters = piecesOf(tokens).flatMap(({ text }) => text.match(LETTER) ?? [])
   const rightToLeft = letters.filter((letter) => RIGHT_TO_LEFT.test(letter)).length
   return 2 * rightToLeft > letters.length ? 'rtl' : 'ltr'
 }
@@ -74,6 +108,8 @@ export interface Token {
   text: string
   /** The text after `visible`; "#id" for a token without text. */
   label: string
+  /** The bytes of a token that is not text by itself. */
+  part?: Uint8Array
 }
 
 /** Tokens by id. A stream sends each token's text once, in the first message that uses it. */
@@ -97,12 +133,12 @@ export class TokenTable {
 }
 
 export function tokenOf(message: TokenMessage): Token {
+  const id = message.id ?? 0
   const text = message.text ?? ''
-  return {
-    id: message.id ?? 0,
-    text,
-    label: visible(text, fromBase64(message.raw ?? '')) || `#${message.id ?? 0}`,
-  }
+  const raw = fromBase64(message.raw ?? '')
+  const token = { id, text, label: visible(text, raw) || `#${id}` }
+  const isPart = text.includes(REPLACEMENT) && raw.length > 0 && textOf(raw) === undefined
+  return isPart ? { ...token, part: raw } : token
 }
 
 export function fromBase64(text: string): Uint8Array<ArrayBuffer> {

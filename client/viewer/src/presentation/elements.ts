@@ -1,7 +1,7 @@
 import type { ProvenanceMessage } from '../contract'
 import { finite } from '../contract'
 import type { Scored } from '../model/flow_graph'
-import { directionOf, type Token } from '../model/tokens'
+import { directionOf, type Piece, piecesOf, type Token, visible } from '../model/tokens'
 import { probability, signed } from './wording'
 
 /** Creates an element with attributes and children; strings become text, never markup. */
@@ -120,36 +120,38 @@ const AFTER = 40
 
 /** The prompt as text in its own direction, shortened to the tokens around a position. */
 export function promptText(prompt: readonly Token[], position: number): HTMLElement {
-  const before = fitting(prompt.slice(0, position + 1).reverse(), BEFORE)
-  const first = position + 1 - before
-  const last = position + fitting(prompt.slice(position + 1), AFTER)
-  const tokens: HTMLElement[] = prompt.slice(first, last + 1).map((token, i) => {
-    const shown = inPrompt(token)
-    if (first + i === position) shown.classList.add('selected')
-    return shown
-  })
-  if (first > 0) tokens.unshift(element('span', { class: 'arrow' }, '… '))
-  if (last + 1 < prompt.length) tokens.push(element('span', { class: 'arrow' }, ' …'))
-  return element('bdi', { class: 'prompt', dir: directionOf(prompt) }, ...tokens)
+  const pieces = piecesOf(prompt)
+  const at = pieces.findIndex((piece) => piece.last >= position)
+  const before = fitting(pieces.slice(0, at + 1).reverse(), BEFORE)
+  const first = at + 1 - before
+  const last = at + fitting(pieces.slice(at + 1), AFTER)
+  const shown = pieces.slice(first, last + 1).map(inPrompt)
+  shown[at - first]?.classList.add('selected')
+  if (first > 0) shown.unshift(element('span', { class: 'arrow' }, '… '))
+  if (last + 1 < pieces.length) shown.push(element('span', { class: 'arrow' }, ' …'))
+  return element('bdi', { class: 'prompt', dir: directionOf(prompt) }, ...shown)
 }
+
+const JOINERS = /[\u200c\u200d]/g // of letters and of emoji
 
 /**
- * A token of a prompt. Plain text is not isolated: its letters join and its digits keep their order
- * across tokens, as in any text. A label that stands for something else is.
+ * A piece of a prompt. Plain text is not isolated: its letters join, its marks combine and its digits
+ * keep their order across tokens, as in any text. A label that stands for something else is.
  */
-function inPrompt({ label, text }: Token): HTMLElement {
-  const shown = label.replace(/^␣/, ' ')
-  return shown === text ? element('span', { class: 'token' }, text) : tokenText(shown)
+function inPrompt({ label, text }: Piece): HTMLElement {
+  const letters = text.replace(JOINERS, '')
+  const plain = text !== '' && visible(letters).replace(/^␣/, ' ').replace(/^◌/, '') === letters
+  return plain ? element('span', { class: 'token' }, text) : tokenText(label.replace(/^␣/, ' '))
 }
 
-/** How many of the first tokens have at most this many characters together, at least one. */
-function fitting(tokens: readonly Token[], characters: number): number {
+/** How many of the first pieces have at most this many characters together, at least one. */
+function fitting(pieces: readonly Piece[], characters: number): number {
   let room = characters
-  const over = tokens.findIndex(({ label }, i) => {
+  const over = pieces.findIndex(({ label }, i) => {
     room -= label.length
     return i > 0 && room < 0
   })
-  return over < 0 ? tokens.length : over
+  return over < 0 ? pieces.length : over
 }
 
 /** The model, revision and version that produced the result, and whether it is complete. */

@@ -22,6 +22,7 @@ interface Actions {
 
 export const PANEL = 214
 const LABELS = 44 // px; clicks left of this are on a row's label
+const FAR = 90 // px between the selected column and the ranks beyond which both are not shown
 
 /** The grid of all residuals and the target panel beside it. */
 export class Overview {
@@ -31,6 +32,7 @@ export class Overview {
   private readonly columnChanges = new ChangeTracker()
   private readonly markChanges = new ChangeTracker()
   private readonly scrollChanges = new ChangeTracker()
+  private readonly rowLabels = element('div', { class: 'row-labels', 'aria-hidden': 'true' })
   private at: Layout | undefined
 
   constructor(
@@ -39,7 +41,11 @@ export class Overview {
     private readonly actions: Actions,
   ) {
     const picture = this.svg.node() as SVGSVGElement
-    this.element = element('section', { class: 'overview-box' }, picture)
+    this.element = element('section', { class: 'overview-box' }, this.rowLabels, picture)
+    this.rowLabels.addEventListener('click', ({ target }) => {
+      const { layer } = (target as HTMLElement).dataset
+      if (layer) actions.toggleLayer(Number(layer))
+    })
     this.svg
       .attr('role', 'grid')
       .attr('aria-label', 'Residual stream by token and layer, first layer at the bottom')
@@ -96,11 +102,20 @@ export class Overview {
     drawLegend(svg, keys, at.height)
   }
 
-  /** Shows the selected column in a window that is narrower than the picture. */
-  reveal(position: number): void {
-    const column = this.at?.columns[position]
-    if (column && this.scrollChanges.changed(column.x, column.width))
-      this.element.scrollLeft = column.x + column.width + LABELS - this.element.clientWidth
+  /**
+   * In a window that is `narrower` than the picture, shows the selected column with its ranks, and
+   * labels of the rows that stay when the picture scrolls.
+   */
+  reveal(position: number, shown: readonly number[], narrower: boolean): void {
+    const { at } = this
+    const column = at?.columns[position]
+    this.rowLabels.hidden = !narrower
+    if (!narrower || !at || !column) return
+    if (this.scrollChanges.changed(column.x, column.width, at.panelX)) {
+      const end = Math.min(at.panelX + RANK, column.x + column.width + FAR)
+      this.element.scrollLeft = end + 6 - this.element.clientWidth
+    }
+    this.rowLabels.replaceChildren(...at.rows.map((row) => rowLabel(row, at, shown)))
   }
 
   private idAt(event: MouseEvent): string | undefined {
@@ -131,6 +146,17 @@ export class Overview {
     if (node) this.tooltip.show(preview(node, this.graph), event.clientX, event.clientY)
     else this.tooltip.hide()
   }
+}
+
+/** A label that stays at the edge; clicking it opens its layer, as in the picture. */
+function rowLabel({ layer, y }: Row, at: Layout, shown: readonly number[]): HTMLElement {
+  const embedding = layer === EMBEDDING
+  const text = element('span', { 'data-layer': embedding ? '' : String(layer) })
+  text.textContent = embedding ? 'emb' : `L${layer}`
+  text.classList.toggle('shown', shown.includes(layer))
+  text.style.top = `${y}px`
+  text.style.height = text.style.lineHeight = `${at.cellHeight}px`
+  return text
 }
 
 // The target panel: the target's rank and probability by layer at the selected position, and the
@@ -337,14 +363,13 @@ function keysFor(grid: Grid): Key[] {
     ['mlp', 'MLP'],
     ['residual', 'residual (width: norm)'],
   ]
-  let line = 0
+  const widthOf = (text: string) => 22 + text.length * 5.6 + 16
+  const together = lines.reduce((sum, [, text]) => sum + widthOf(text), 0)
+  const line = x + together - 16 > grid.at.width ? 1 : 0
+  if (line === 1) x = 46
   for (const [kind, text] of lines) {
-    if (line === 0 && x + 22 + text.length * 5.6 > grid.at.width) {
-      line = 1
-      x = 46
-    }
     keys.push({ x, width: 16, kind, text, inside: false, line })
-    x += 22 + text.length * 5.6 + 16
+    x += widthOf(text)
   }
   return keys
 }

@@ -26,6 +26,7 @@ const AXIS = 38
 
 const WIDEST_HEAD = 150
 const LOWEST_PITCH = 12 // px; row labels do not overlap
+const LOWEST_CELL = 17 // px; a label and its descenders
 const SMALLEST = 264 // px of a matrix with few layers
 const LEGENDS = 54 // px below the matrix
 
@@ -39,7 +40,7 @@ export function layout(
   read: readonly number[] = [],
 ): Layout {
   const pitch = rowPitch(layers.length)
-  const cellHeight = Math.min(26, Math.round(pitch * 0.58))
+  const cellHeight = Math.min(26, Math.max(LOWEST_CELL, Math.round(pitch * 0.58)))
   const panelX = width - panelWidth
   const columns = columnsIn(positions, selected, GUTTER, panelX - GUTTER - 18, read)
   const rows = [EMBEDDING, ...layers].map((layer, i) => ({
@@ -89,7 +90,7 @@ export function headLayout(
 }
 
 function rowPitch(layers: number): number {
-  return Math.max(24, Math.min(54, Math.round(620 / (layers + 1))))
+  return Math.max(26, Math.min(54, Math.round(620 / (layers + 1))))
 }
 
 function lastEdge(columns: readonly Column[]): number {

@@ -231,7 +231,7 @@ export class TraceView {
     const first = onlyHeads ? heads : overview
     if (onlyHeads) heads.draw(width - taken, position, marks, this.layers())
     else overview.draw(width - taken, position, marks, this.layers(), filterOf(this.state))
-    if (room < NARROWEST) overview.reveal(position)
+    overview.reveal(position, this.layers(), room < NARROWEST)
     const beside = wide ? width - first.width - MAPS_GAP : room
     why.draw(beside, position, marks)
     if (wide && !onlyHeads)

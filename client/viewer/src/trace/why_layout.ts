@@ -57,6 +57,7 @@ const LEAST_SOURCE = 0.1 // of the largest part; smaller sources of a head have 
 const NARROWEST = 350 // px
 const WITH_TOKENS = 480 // px; narrower figures leave out the parts' top tokens
 const WIDEST = 900
+const OTHERS = 'other tokens'
 const LEAST_RIBBON = 48 // px between a number and the stack
 
 /** The height of a logit in pixels at which the parts of a tree fit in their rows. */
@@ -210,9 +211,13 @@ function sourceBoxes(
   const first = TOP + Math.max(0, (room - pitch * positions.length) / 2)
   return positions.map((position, i) => ({
     position,
-    text: position === undefined ? 'other tokens' : at(position, graph.prompt, length),
+    text: position === undefined ? othersIn(length) : at(position, graph.prompt, length),
     y: first + i * pitch,
   }))
+}
+
+function othersIn(length: number): string {
+  return length < OTHERS.length - 1 ? 'others' : OTHERS // its font is narrower than that of tokens
 }
 
 /** The ribbons from the source tokens to the parts, stacked at both ends. */
