@@ -32,7 +32,6 @@ from tests.architectures.cases import Case
 from tests.architectures.test_levels import FALCON_H1, MAMBA, QWEN3_NEXT, close, served
 from tests.architectures.test_sublayers import GRANITE_HYBRID, NEMOTRON_H
 from tests.architectures.tiny_models import plain
-from tests.support.measured_work import work
 
 
 @dataclass(frozen=True)
@@ -242,18 +241,6 @@ def test_estimate_counts_the_heads(heads: int) -> None:
     assert nodes == shown * len(BIASED.prompt)
     replaced = 2  # OTHER of replaced residuals, which the estimate includes
     assert demand_of(request).nodes == (shown + replaced) * len(BIASED.prompt)
-
-
-@pytest.mark.parametrize("chunk", [8, 256])
-def test_memory_of_a_scan_is_bounded(chunk: int) -> None:
-    """A prompt of 9 tokens is padded to whole chunks, whose positions are compared in pairs."""
-    case = Case("mamba2", f"chunks of {chunk}", MAMBA2 | {"chunk_size": chunk})
-    kinds = frozenset({NodeKind.MIXER_HEAD, NodeKind.MIXER_OUTPUT})
-    request = resolve_trace(served(case), TraceSpec(tuple(case.prompt), node_kinds=kinds))
-    for _ in trace(request, lambda: None):  # allocates the buffers that all requests share
-        pass
-    measured = work(trace(request, lambda: None)).memory
-    assert 1 <= demand_of(request).memory / measured <= 2
 
 
 def test_other_is_what_an_intervention_put_in_place_of_the_heads() -> None:

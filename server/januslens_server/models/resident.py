@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.lens.head import LensHead
@@ -16,6 +15,7 @@ from januslens_server.lens.projection import CACHED_BYTES
 from januslens_server.lens.row_cache import ROWS, RowCache
 from januslens_server.models.experts import Experts
 from januslens_server.models.neuron_index import NeuronIndex
+from januslens_server.models.scans import Scan, scan_of
 from januslens_server.models.site_taps import SiteTap, block_taps
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokenizer import Vocabulary
@@ -89,10 +89,7 @@ class CostSizes:
         passed: Number of weights in all blocks that one token uses.
         block: Number of weights of the largest block.
         widest: Largest width of a matrix in a block without known parts; 0 if there is none.
-        scanned: Positions that a state space scans at once, to which it pads a shorter prompt; 0 if
-            there is none.
-        scan: Values that it has at once for each position: four for each pair of positions and
-            head, and its inputs and states.
+        scans: Scans of all mixers.
         item: Bytes of an element of an activation.
         eager: Whether attention is computed eagerly, with a matrix of scores.
         chunk_bytes: Bytes of logits that are computed at once.
@@ -103,8 +100,7 @@ class CostSizes:
     passed: int
     block: int
     widest: int
-    scanned: int
-    scan: int
+    scans: tuple[Scan, ...]
     item: int
     eager: bool
     chunk_bytes: int
@@ -131,29 +127,18 @@ def cost_sizes(model: ResidentModel) -> CostSizes:
             matrices = (p for p in block.module.parameters() if p.dim() > 1)
             widest = max(widest, *(max(p.shape[-2:]) for p in matrices))
     mixed = [b for b in model.view.blocks if isinstance(b, CoarseBlock) or b.beside]
-    scans = (_scan(module) for block in mixed for module in block.module.modules())
-    scanned, scan = max(scans, default=(0, 0))
+    scans = [scan_of(module) for block in mixed for module in block.module.modules()]
     return CostSizes(
         facts=replace(facts, n_experts=math.ceil(per_token / max(1, facts.d_mlp))),
         passed=passed,
         block=largest,
         widest=widest,
-        scanned=scanned,
-        scan=scan,
+        scans=tuple(scan for scan in scans if scan is not None),
         item=torch.empty(0, dtype=network.dtype).element_size(),
         eager=model.provenance.attention == "eager",
         chunk_bytes=model.view.lens.chunk_bytes,
         part_bytes=_part_bytes(model.view.lens),
     )
-
-
-def _scan(module: nn.Module) -> tuple[int, int]:
-    """Return `CostSizes.scanned` and `scan` of a Mamba 2 mixer; zeros for other modules."""
-    names = ("chunk_size", "num_heads", "head_dim", "ssm_state_size")
-    if not all(isinstance(getattr(module, name, None), int) for name in names):
-        return 0, 0
-    chunk, heads, width, state = (int(getattr(module, name)) for name in names)
-    return chunk, heads * (4 * chunk + 6 * (width + state))
 
 
 def _part_bytes(lens: LensHead) -> int:

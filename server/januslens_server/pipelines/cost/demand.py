@@ -53,13 +53,14 @@ class Demand:
 def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:
     """Return the floating-point operations of one forward pass with logits at `scored` positions.
 
-    These are two operations per weight and token, attention over all pairs of tokens, and the
-    output head.
+    These are two operations per weight and token, attention over all pairs of tokens, scans of
+    mixers, and the output head.
     """
     facts = sizes.facts
     attention = 4.0 * facts.n_layers * tokens * tokens * facts.n_heads * facts.d_head
     head = 2.0 * facts.d_model * facts.vocab_size * scored
-    return 2.0 * sizes.passed * tokens + attention + head
+    scans = float(sum(scan.flops * scan.padded(tokens) for scan in sizes.scans))
+    return 2.0 * sizes.passed * tokens + attention + scans + head
 
 
 def lens_flops(sizes: CostSizes, vectors: int) -> float:

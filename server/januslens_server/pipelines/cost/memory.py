@@ -7,8 +7,6 @@ and a mixture, and rounded up (tests/numerics/test_cost.py).
 
 from __future__ import annotations
 
-import math
-
 from januslens_server.models.resident import CostSizes
 
 FLOAT32 = 4
@@ -64,10 +62,8 @@ def float_copies(sizes: CostSizes) -> int:
 
 
 def _scan(sizes: CostSizes, tokens: int) -> int:
-    """Return the bytes of a state space's scan in float32; one position alone is no scan."""
-    if tokens <= 1 or not sizes.scanned:
-        return 0
-    return FLOAT32 * sizes.scan * math.ceil(tokens / sizes.scanned) * sizes.scanned
+    """Return the bytes of the largest scan of a mixer."""
+    return FLOAT32 * max((scan.values * scan.padded(tokens) for scan in sizes.scans), default=0)
 
 
 def _neurons(sizes: CostSizes) -> int:
