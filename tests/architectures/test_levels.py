@@ -173,7 +173,7 @@ def test_levels_say_which_layers_show_less_and_why() -> None:
     assert (first.level, second.level) == (Level.PARTS, Level.SUBLAYERS)
     assert dict(second.sublayers)["self_attn"] is SublayerKind.ATTENTION
     assert {found.level for found in served(OPT).view.levels} == {Level.STREAM}
-    assert "add up to what the block adds" in served(OPT).view.levels[0].reason
+    assert "returns the result of final_layer_norm" in served(OPT).view.levels[0].reason
     assert levels[0].reason.startswith("linear_attn is linear attention: only the parts of")
     for found in served(MAMBA).view.levels:
         assert found.reason.startswith("mixer is a state space: only the parts of")
@@ -315,6 +315,46 @@ def test_variant_without_known_parts_is_shown_with_the_reason(case: Case, reason
     view = served(case).view
     assert not view.known
     assert reason in view.levels[0].reason
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (
+            Case("minimax", "normed residual", HEADS | {"num_local_experts": 4}),
+            "the block adds its sublayers to the result of post_attention_layernorm, a norm,",
+        ),
+        (
+            Case("openai-gpt", "post-norms", {}),
+            "the block returns the result of ln_2, a norm of the sum",
+        ),
+        (
+            Case("doge", "weighted residual", {"num_key_value_heads": 2}),
+            "multiplies its input by input_residual and post_attention_residual:",
+        ),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else "",
+)
+def test_block_without_its_input_in_its_sum_is_shown_with_the_cause(
+    case: Case, reason: str
+) -> None:
+    for found in served(case).view.levels:
+        assert found.level is Level.STREAM
+        assert reason in found.reason
+        assert "self-check" not in found.reason
+
+
+def test_block_that_scales_its_input_is_shown_with_the_factor() -> None:
+    def halve(network: Any) -> None:
+        for block in network.model.layers:
+            whole = block.forward
+            block.forward = lambda x, *args, whole=whole, **named: whole(x, *args, **named) - x / 2
+
+    model, _ = checked(resident(Case("llama", "halved", HEADS), prepare=halve))
+    for found in model.view.levels:
+        assert found.level is Level.STREAM
+        assert found.reason.startswith("the block multiplies its input by 0.5: the residual")
+    assert model.view.facts.n_heads == 0
 
 
 @pytest.mark.parametrize(

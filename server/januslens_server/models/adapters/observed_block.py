@@ -23,12 +23,7 @@ from januslens_server.models.adapters.observed_mlp import (
     linear,
     with_shared_outside,
 )
-from januslens_server.models.adapters.observed_modules import (
-    FACTOR,
-    is_multiple,
-    kind_of_mixer,
-    multipliers,
-)
+from januslens_server.models.adapters.observed_modules import is_multiple, kind_of_mixer
 from januslens_server.models.adapters.observed_pass import (
     ModuleCall,
     ObservedPass,
@@ -39,6 +34,7 @@ from januslens_server.models.adapters.observed_pass import (
     scales,
     solved_factors,
 )
+from januslens_server.models.adapters.observed_sum import FACTOR, multipliers
 from januslens_server.models.views import Attention, Block, Sublayer
 from januslens_server.results import SublayerKind
 

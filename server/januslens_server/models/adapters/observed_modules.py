@@ -1,23 +1,21 @@
 """Find the linear maps of blocks, and the sublayers of blocks without known parts.
 
-Names decide only the kind of a mixer. In one forward pass, the difference between a
-block's output and its input is solved for the outputs of the modules in the block. The modules
-that make it up, each with a factor of 1 or one that the configuration names, are its sublayers.
+The sublayers are the modules whose outputs make up what a block adds. Names decide only the kind of
+a mixer.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from januslens_server.capture import End, Tap
@@ -26,18 +24,21 @@ from januslens_server.models.adapters.observed_pass import (
     difference,
     is_norm,
     observed_ids,
-    scales,
-    solved_factors,
+)
+from januslens_server.models.adapters.observed_sum import (
+    SUM,
+    BlockCall,
+    Terms,
+    equal,
+    observing,
+    skip_path,
+    terms_of_block,
 )
 from januslens_server.models.matrices import Linear, ModuleMap
 from januslens_server.models.vetting import check_facts
 from januslens_server.models.views import Block, CoarseBlock, MixerHeads, ModelView, Sublayer
 from januslens_server.results import Side, SublayerKind
 
-# Maximum difference between a solved factor and one of the configuration, relative to it; and
-# between sums, relative to the residual stream.
-FACTOR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-SUM = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Maximum effect of another position on a position-wise module, relative to its largest output.
 ELSEWHERE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -69,34 +70,16 @@ HEAD_COUNTS = ("num_v_heads", "num_heads", "num_attention_heads")
 HEAD_WIDTHS = ("head_v_dim", "head_dim")
 
 
-@dataclass
-class _Call:
-    """A call of a module, with copies of its first input and output tensor `[batch, pos, width]`.
-
-    `arguments` are those of the call. `output_is` is the output itself.
-    """
-
-    name: str
-    module: nn.Module
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    input: torch.Tensor
-    output: torch.Tensor
-    output_is: torch.Tensor
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether the model changed the output in place, once its block has ended."""
-        return not torch.equal(self.output, self.output_is)
-
-
 @dataclass(frozen=True)
 class _Found:
     """What a pass shows of a block.
 
     These are its sublayers, the residual that the last of them read, if it is not the input, its
-    multiplier, and its linear maps by name. There are no sublayers if none add up.
+    multiplier, and its linear maps by name. There are no sublayers if none add up; `skips` says why
+    if the skip path carries something else than the block's input.
     """
 
+    skips: str
     sublayers: tuple[Sublayer, ...]
     residual_mid: Tap | None
     multiplier: float
@@ -110,10 +93,12 @@ def with_modules(
 
     These are the blocks without known parts among the `layers`, by default all. The reason of those
     that have no sublayers says so. Of those that mix positions without attention, it is the mixer;
-    `layers` keep theirs. Raises `ModelFailed` if the model's facts are impossible.
+    `layers` keep theirs. A block that does not add its sublayers to its input has no parts. Raises
+    `ModelFailed` if the model's facts are impossible.
     """
     check_facts(view.facts)
     found = _observed(network, view)
+    view = view.coarsened({i: found[i].skips for i in view.known if i in found and found[i].skips})
     blocks = list(view.blocks)
     for layer, block in enumerate(blocks):
         if layer not in found:
@@ -123,7 +108,9 @@ def with_modules(
             blocks[layer] = replace(block, maps=maps)
             continue
         seen = found[layer]
-        reason = block.reason if seen.sublayers else f"{block.reason}; {NOT_FOUND}"
+        reason = block.reason
+        if not seen.sublayers and seen.skips != reason:
+            reason = f"{seen.skips}; {reason}" if seen.skips else f"{reason}; {NOT_FOUND}"
         if layers is None:
             reason = _unknown_mixer(seen.sublayers) or reason
         blocks[layer] = CoarseBlock(
@@ -154,14 +141,16 @@ def _observed(network: PreTrainedModel, view: ModelView) -> dict[int, _Found]:
     with ExitStack() as hooks:
         for layer, block in enumerate(view.blocks):
 
-            def ended(calls: Sequence[_Call], whole: _Call, layer: int = layer) -> None:
-                terms, multiplier = _terms_of_block(calls, whole, config)
+            def ended(calls: Sequence[BlockCall], whole: BlockCall, layer: int = layer) -> None:
+                terms, multiplier = terms_of_block(calls, whole, config)
                 coarse = isinstance(view.blocks[layer], CoarseBlock)
                 sublayers, mid = _sublayers(calls, whole, terms) if coarse else ((), None)
                 maps = _linear_maps(calls, whole, terms, shared)
-                found[layer] = _Found(sublayers, mid, multiplier if sublayers else 1.0, maps)
+                multiplier = multiplier if sublayers else 1.0
+                skips = "" if terms else skip_path(calls, whole)
+                found[layer] = _Found(skips, sublayers, mid, multiplier, maps)
 
-            hooks.enter_context(_observing(block.module, ended))
+            hooks.enter_context(observing(block.module, ended))
         network(input_ids=observed_ids(network), use_cache=False)
     return found
 
@@ -170,70 +159,8 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in module.named_parameters(recurse=False) if name == "weight"]
 
 
-def _observing(block: nn.Module, observed: Callable[[Sequence[_Call], _Call], None]) -> ExitStack:
-    """Observe the calls inside a block; at its end, pass them and its own call to `observed`."""
-    calls: list[_Call] = []
-    begun: dict[nn.Module, torch.Tensor] = {}
-    names = {module: name for name, module in block.named_modules()}
-
-    def before(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
-        if any(isinstance(value, torch.Tensor) for value in (*args, *named.values())):
-            begun[module] = nth_tensor(args, named).clone()
-
-    def after(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
-        if module not in begun:
-            return
-        values = output if isinstance(output, tuple | list) else (output,)
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        taken = begun.pop(module)
-        if tensors:
-            calls.append(
-                _Call(names[module], module, (args, named), taken, tensors[0].clone(), tensors[0])
-            )
-
-    stack = ExitStack()
-
-    def ended(_module: nn.Module, _args: Any, _named: Any, _output: Any) -> None:
-        stack.close()  # before modules are called again to see which mix positions
-        if calls and calls[-1].module is block:
-            observed(calls[:-1], calls[-1])
-        calls.clear()
-
-    for module in block.modules():
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        stack.callback(handle.remove)
-        handle = module.register_forward_hook(after, with_kwargs=True)
-        stack.callback(handle.remove)
-    handle = block.register_forward_hook(ended, with_kwargs=True)
-    stack.callback(handle.remove)
-    return stack
-
-
-# Calls of modules that make up what a block adds, with the factors of their outputs.
-_Terms = list[tuple[_Call, float]]
-
-
-def _terms_of_block(
-    calls: Sequence[_Call], block: _Call, config: PreTrainedConfig
-) -> tuple[_Terms, float]:
-    """Return what makes up what a block adds, empty if it was not found, and its multiplier."""
-    once = [call for call in calls if sum(call.module is each.module for each in calls) == 1]
-    for depth, multiplier in product((1, 2), multipliers(block.module)):
-        terms = _terms(_candidates(once, block, depth), block, config, multiplier)
-        if terms:
-            return terms, multiplier
-    return [], 1.0
-
-
-def multipliers(block: nn.Module) -> list[float]:
-    """List what may multiply the sum that a block returns: 1, and numbers among its tensors."""
-    own = (*block.buffers(recurse=False), *block.parameters(recurse=False))
-    numbers = [float(tensor) for tensor in own if tensor.numel() == 1]
-    return list(dict.fromkeys([1.0, *(number for number in numbers if number)]))
-
-
 def _sublayers(
-    calls: Sequence[_Call], block: _Call, terms: _Terms
+    calls: Sequence[BlockCall], block: BlockCall, terms: Terms
 ) -> tuple[tuple[Sublayer, ...], Tap | None]:
     """Return a block's sublayers, and the tap of the residual that the last of them read.
 
@@ -256,7 +183,7 @@ def _sublayers(
     return tuple(late), residual_mid
 
 
-def _heads(mixer: _Call, calls: Sequence[_Call]) -> MixerHeads | None:
+def _heads(mixer: BlockCall, calls: Sequence[BlockCall]) -> MixerHeads | None:
     """Map the heads of linear attention or a state space.
 
     The mixer's attributes have their number and width. It must return what its output map gives.
@@ -273,7 +200,7 @@ def _heads(mixer: _Call, calls: Sequence[_Call]) -> MixerHeads | None:
         if call.module not in inside or not isinstance(call.module, nn.Linear | Conv1D):
             continue
         output = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
-        if not count or output.d_in != count * width or not _equal(call.output, mixer.output):
+        if not count or output.d_in != count * width or not equal(call.output, mixer.output):
             continue
         summed = rows(call.input).float() @ output.weight.float()
         if output.bias is not None:
@@ -284,7 +211,7 @@ def _heads(mixer: _Call, calls: Sequence[_Call]) -> MixerHeads | None:
 
 
 def _linear_maps(
-    calls: Sequence[_Call], block: _Call, terms: _Terms, shared: Collection[int]
+    calls: Sequence[BlockCall], block: BlockCall, terms: Terms, shared: Collection[int]
 ) -> dict[str, ModuleMap]:
     """Return the linear maps that a pass calls once with every position, by name.
 
@@ -330,64 +257,8 @@ def is_multiple(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(factor != 0) and difference(factor * b, a) <= SUM[other.dtype]
 
 
-def _candidates(calls: Sequence[_Call], block: _Call, depth: int) -> list[_Call]:
-    """Return the calls of modules at a `depth` that may be sublayers, without equal outputs."""
-    found: list[_Call] = []
-    for call in calls:
-        if call.output.dim() < 2:
-            continue
-        flat = call.output.flatten(0, -2)  # some modules have no batch axis
-        if flat.shape != block.output.flatten(0, -2).shape or not flat.is_floating_point():
-            continue
-        if not 1 <= call.name.count(".") + 1 <= depth or flat.eq(0).all():
-            continue
-        if not any(_equal(call.output, other.output) for other in (*found, block)):
-            found.append(call)
-    return found
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether tensors are equal apart from a batch axis."""
-    one, other = one.flatten(0, -2), other.flatten(0, -2)
-    return one.shape == other.shape and torch.equal(one.float(), other.float())
-
-
-def _terms(
-    candidates: Sequence[_Call], block: _Call, config: PreTrainedConfig, multiplier: float
-) -> _Terms:
-    """Solve what a block adds for outputs of modules; return these with their factors, if any.
-
-    The block's output is `multiplier` times its input and what it adds.
-    """
-    if not candidates:
-        return []
-    added = (block.output.double() / multiplier - block.input.double()).flatten().cpu()
-    columns = torch.stack([call.output.double().flatten().cpu() for call in candidates], dim=1)
-    if not (added.isfinite().all() and columns.isfinite().all()):  # the self-check says why
-        return []
-    data_type = block.output.dtype
-    terms: _Terms = []
-    rest = added
-    factors = solved_factors(added, columns, _factors(config), FACTOR[data_type])
-    for i, (call, factor) in enumerate(zip(candidates, factors, strict=True)):
-        if factor is not None:
-            terms.append((call, factor))
-            rest = rest - factor * columns[:, i]
-    sizes_of = (float(each.double().norm()) for each in (block.input, block.output / multiplier))
-    stream = max(sizes_of)
-    bound = min(SUM[data_type] * stream, 0.1 * float(added.norm()))
-    return terms if float(rest.norm()) <= bound else []
-
-
-def _factors(config: PreTrainedConfig) -> list[float]:
-    """List the factors that the configuration may give a sublayer's output."""
-    named = scales(config)
-    depth = getattr(config, "scale_depth", None)
-    return named if depth is None else [*named, depth / config.num_hidden_layers**0.5]
-
-
 def _residual_mid(
-    calls: Sequence[_Call], block: _Call, terms: _Terms, counts: Sequence[int]
+    calls: Sequence[BlockCall], block: BlockCall, terms: Terms, counts: Sequence[int]
 ) -> tuple[int, Tap | None]:
     """Return the number of terms before the residual that the last ones read, and its tap.
 
@@ -403,7 +274,7 @@ def _residual_mid(
     return len(terms), None
 
 
-def _after(block: _Call, terms: _Terms) -> torch.Tensor:
+def _after(block: BlockCall, terms: Terms) -> torch.Tensor:
     """Return a block's input plus some terms, in float32."""
     residual = block.input.float()
     for call, factor in terms:
@@ -411,15 +282,15 @@ def _after(block: _Call, terms: _Terms) -> torch.Tensor:
     return residual
 
 
-def _source(call: _Call, calls: Sequence[_Call]) -> _Call:
+def _source(call: BlockCall, calls: Sequence[BlockCall]) -> BlockCall:
     """Return the call whose output a norm reads, for a norm behind a sublayer; else the call."""
     if not is_norm(call.module):
         return call
-    giving = [other for other in calls if _equal(other.output, call.input)]
+    giving = [other for other in calls if equal(other.output, call.input)]
     return giving[-1] if giving else call
 
 
-def _kind(call: _Call) -> SublayerKind:
+def _kind(call: BlockCall) -> SublayerKind:
     """Return what a sublayer is: an MLP if each position depends on itself alone, else by name.
 
     Attention to the keys of another layer (Gemma 4) is the exception: its name says what it is.
@@ -453,7 +324,7 @@ def _mixer(module: nn.Module) -> nn.Module:
     return _mixer(owners[0]) if len(owners) == 1 and not known else module
 
 
-def _is_positionwise(call: _Call) -> bool:
+def _is_positionwise(call: BlockCall) -> bool:
     """Whether a change of the first position's input leaves the outputs of all others."""
     args, named = call.arguments
     changed = call.input.clone()
