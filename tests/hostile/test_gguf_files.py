@@ -17,7 +17,7 @@ from januslens_server.models.gguf_file import read_header
 from januslens_server.results import ModelState
 from tests.architectures.cases import VOCABULARY
 from tests.hostile.test_folders import bounded, refusal, status_of
-from tests.loading.test_gguf import BYTE, BYTE_LEVEL, CONTROL, NORMAL, UNKNOWN, write
+from tests.loading.gguf_files import BYTE, BYTE_LEVEL, CONTROL, NORMAL, UNKNOWN, write
 
 GIB = 2**30
 # Types of metadata values, and of tensors.

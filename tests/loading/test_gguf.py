@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
-from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, GemmaTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from januslens_server.errors import ModelFailed
@@ -21,301 +21,18 @@ from januslens_server.models.gguf_file import read_header
 from januslens_server.models.gguf_tokenizer import SPLITS, read_gguf_vocabulary
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
-from tests.architectures.cases import GRANITE_MULTIPLIERS, SIZES, VOCABULARY, Case
+from tests.architectures.cases import SIZES, VOCABULARY
 from tests.architectures.tiny_models import plain
+from tests.loading.gguf_files import (
+    BYTE,
+    BYTE_LEVEL,
+    CASES,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    write,
+)
 from tests.loading.test_quantized import FOUR_BIT_FLOATS
-
-WIDE = {"intermediate_size": 64}  # Q8_0 stores blocks of 32 values
-HEADS = {"head_dim": 12, "num_key_value_heads": 2}
-GEMMA = HEADS | {"query_pre_attn_scalar": 12, "sliding_window": 4, "tie_word_embeddings": True}
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LOCAL_AND_SCALED = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0},
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
-EXPERTS = FEW_EXPERTS | {"moe_intermediate_size": 32}
-CASES = {
-    "gpt2": Case("gpt2", "gguf", {"n_inner": 64, "tie_word_embeddings": True}),
-    "llama": Case("llama", "gguf", WIDE | {"num_key_value_heads": 2, "rope_theta": 500.0}),
-    "qwen2": Case("qwen2", "gguf", WIDE | {"num_key_value_heads": 2}),
-    "qwen3": Case("qwen3", "gguf", WIDE | HEADS),
-    "llama 3": Case(
-        "llama", "gguf, 3", WIDE | {"num_key_value_heads": 2, "rope_parameters": LLAMA_3}
-    ),
-    "qwen3 with YaRN": Case("qwen3", "gguf, YaRN", WIDE | HEADS | {"rope_parameters": YARN}),
-    "gpt-oss": Case(
-        "gpt_oss",
-        "gguf",
-        WIDE
-        | {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": 4}
-        | {"num_local_experts": 4, "num_experts_per_tok": 2}
-        | {"rope_parameters": YARN | {"truncate": False}},
-    ),
-    "qwen3moe": Case("qwen3_moe", "gguf", WIDE | HEADS | EXPERTS | {"norm_topk_prob": True}),
-    "qwen2moe": Case(
-        "qwen2_moe",
-        "gguf",
-        WIDE
-        | EXPERTS
-        | {"num_key_value_heads": 2, "shared_expert_intermediate_size": 96}
-        | {"norm_topk_prob": False},
-    ),
-    "mixtral": Case(
-        "mixtral",
-        "gguf",
-        WIDE | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "olmo2": Case("olmo2", "gguf", WIDE | {"num_key_value_heads": 2}),
-    "olmoe": Case(
-        "olmoe", "gguf", {"intermediate_size": 32, "num_key_value_heads": 2} | FEW_EXPERTS
-    ),
-    "phi3": Case("phi3", "gguf", WIDE | {"num_key_value_heads": 2, "sliding_window": 4}),
-    "granite": Case("granite", "gguf", WIDE | GRANITE_MULTIPLIERS | {"num_key_value_heads": 2}),
-    "granitemoe": Case(
-        "granitemoe",
-        "gguf",
-        WIDE
-        | GRANITE_MULTIPLIERS
-        | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "smollm3": Case(
-        "smollm3",
-        "gguf",
-        WIDE
-        | {
-            "num_key_value_heads": 2,
-            "no_rope_layers": None,
-            "num_hidden_layers": 4,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "starcoder2": Case(
-        "starcoder2", "gguf", WIDE | {"num_key_value_heads": 2, "sliding_window": None}
-    ),
-    "gemma": Case("gemma", "gguf", WIDE | HEADS | {"tie_word_embeddings": True}),
-    "gemma2": Case("gemma2", "gguf", WIDE | GEMMA | {"final_logit_softcapping": 3.0}),
-    "gemma3 scaled": Case(
-        "gemma3_text",
-        "gguf, scaled",
-        WIDE
-        | GEMMA
-        | {"layer_types": None, "num_hidden_layers": 6, "rope_parameters": LOCAL_AND_SCALED},
-    ),
-    "gemma3": Case("gemma3_text", "gguf", WIDE | GEMMA | {"layer_types": None}),
-}
-# The architecture's name in the file, of cases that are named otherwise.
-ARCHITECTURES = {
-    "llama 3": "llama",
-    "mixtral": "llama",
-    "gemma3 scaled": "gemma3",
-    "qwen3 with YaRN": "qwen3",
-}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-MERGES = ["1 2", "12 3", "123 4", "a b", "ab c", "Ġ a"]
-ADDED = ["<bos>", "<eos>"]
-BYTES = sorted(ByteLevel.alphabet(), key=lambda symbol: (symbol != "Ġ", symbol))
-TOKENS = [*ADDED, *BYTES][: VOCABULARY - len(MERGES)]
-BYTE_LEVEL: dict[str, Any] = {
-    "model": "gpt2",
-    "pre": "gpt-2",
-    "tokens": [*TOKENS, *(merge.replace(" ", "") for merge in MERGES)],
-    "token_type": [CONTROL, CONTROL, *[NORMAL] * (VOCABULARY - 2)],
-    "merges": MERGES,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
-
-def settings_of(family: str, case: Case) -> dict[str, Any]:
-    """The metadata that a conversion writes for this configuration."""
-    config: Any = case.config()
-    found = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "attention.head_count": config.num_attention_heads,
-        "feed_forward_length": 64,
-    }
-    if family == "gpt2":
-        return found | {"attention.layer_norm_epsilon": config.layer_norm_epsilon}
-    rotary = config.rope_parameters
-    whole = rotary.get("full_attention", rotary)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found |= {
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": width,
-        "attention.value_length": width,
-        "rope.freq_base": float(whole["rope_theta"]),
-    }
-    if whole["rope_type"] == "linear":
-        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": whole["factor"]}
-    if whole["rope_type"] == "yarn":
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": whole["factor"],
-            "rope.scaling.original_context_length": whole["original_max_position_embeddings"],
-            "rope.scaling.yarn_beta_fast": 32.0,
-            "rope.scaling.yarn_beta_slow": 1.0,
-        }
-    if family == "starcoder2":
-        return found | {"attention.layer_norm_epsilon": config.norm_epsilon}
-    found["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
-    if family in {"gpt-oss", "phi3"}:
-        found["attention.sliding_window"] = config.sliding_window
-    if family in {"granite", "granitemoe"}:
-        found |= {
-            "attention.scale": config.attention_multiplier,
-            "embedding_scale": config.embedding_multiplier,
-            "residual_scale": config.residual_multiplier,
-            "logit_scale": config.logits_scaling,
-        }
-    found |= experts_of(family, config)
-    if family in {"gemma2", "gemma3"}:
-        found["attention.sliding_window"] = config.sliding_window
-    if family == "gemma2":
-        found["attn_logit_softcapping"] = config.attn_logit_softcapping
-        found["final_logit_softcapping"] = config.final_logit_softcapping
-    return found
-
-
-def experts_of(family: str, config: Any) -> dict[str, Any]:
-    """The metadata of a mixture; none for other models."""
-    if not hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
-        return {}
-    found = {"expert_count": 4, "expert_used_count": 2}
-    found["feed_forward_length"] = config.intermediate_size
-    if family == "qwen2moe":
-        found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
-    if family == "gpt-oss":
-        found["expert_feed_forward_length"] = config.intermediate_size
-    if family in {"qwen2moe", "qwen3moe"}:
-        found["expert_feed_forward_length"] = config.moe_intermediate_size
-    return found
-
-
-def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
-    """The tensors as conversions to GGUF write them, by their names there."""
-    network = plain(case)
-    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    names = gguf.get_tensor_name_map(kind, network.config.num_hidden_layers)
-    written = {}
-    for parameter, values in unstacked(family, network.state_dict()):
-        if parameter == "lm_head.weight" and network.config.tie_word_embeddings:
-            continue
-        stem, _, suffix = parameter.rpartition(".")
-        array = values.numpy()
-        if family == "granitemoe":  # newer names than those that the library knows
-            stem = stem.replace("block_sparse_moe.experts", "mlp.experts")
-            stem = stem.replace("router", "router.layer")
-        name = f"{names.get_name(stem)}.{suffix}"
-        rotated = family in {"granite", "granitemoe", "llama", "smollm3"}
-        if rotated and ("attn_q." in name or "attn_k." in name):
-            config = network.config
-            heads = config.num_attention_heads
-            heads = heads if "attn_q." in name else config.num_key_value_heads
-            halves = array.reshape(heads, 2, len(array) // heads // 2, -1)
-            array = halves.swapaxes(1, 2).reshape(array.shape)
-        maps = ("attn_qkv.w", "attn_output.w", "ffn_up.w", "ffn_down.w")
-        if family == "gpt2" and any(part in name for part in maps):
-            array = array.T
-        if family.startswith("gemma") and name.endswith("norm.weight"):
-            array = array + 1
-        if ".ffn_gate_inp_shexp." in name:
-            array = array.squeeze()
-        written[name] = np.ascontiguousarray(array)
-    if case.name == "gguf, 3":
-        written["rope_freqs.weight"] = divisors(network)
-    return written
-
-
-def unstacked(family: str, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give each matrix of the experts a name of its own, as older checkpoints do."""
-    for name, values in weights.items():
-        if family == "gpt-oss" and ".experts." in name:
-            kind = "bias" if name.endswith("_bias") else "weight"
-            stored, matrix = values if kind == "bias" else values.mT, name.removesuffix("_bias")
-            if matrix.endswith("gate_up_proj"):
-                yield matrix.replace("gate_up_proj", f"gate_proj.{kind}"), stored[:, 0::2]
-                yield matrix.replace("gate_up_proj", f"up_proj.{kind}"), stored[:, 1::2]
-            else:
-                yield f"{matrix}.{kind}", stored
-        elif name.endswith(".sinks"):
-            yield f"{name}.weight", values
-        elif name.endswith("experts.gate_up_proj"):
-            gate, up = values.chunk(2, dim=1)
-            yield name.replace("gate_up_proj", "gate_proj.weight"), gate
-            yield name.replace("gate_up_proj", "up_proj.weight"), up
-        elif name.endswith("experts.down_proj"):
-            yield f"{name}.weight", values
-        else:
-            yield name, values
-
-
-def divisors(network: Any) -> np.ndarray:
-    """What transformers divides the unscaled frequencies by."""
-    found = network.model.rotary_emb.inv_freq.double().numpy()
-    unscaled = 500000.0 ** (-np.arange(len(found)) / len(found))
-    divided: np.ndarray = (unscaled / found).astype(np.float32)
-    return divided
-
-
-def write(
-    path: Path,
-    family: str = "llama",
-    *,
-    settings: dict[str, Any] | None = None,
-    tokenizer: dict[str, Any] | None = None,
-    further: dict[str, np.ndarray] | None = None,
-    quantized: str | None = None,
-) -> Path:
-    """Write a tiny model with gguf's own writer; `quantized` is the type of its matrices."""
-    case = CASES[family]
-    family = ARCHITECTURES.get(family, family)
-    writer = gguf.GGUFWriter(path, family)
-    for key, value in (settings_of(family, case) | (settings or {})).items():
-        add(writer, f"{family}.{key}", value)
-    for key, value in (BYTE_LEVEL | (tokenizer or {})).items():
-        add(writer, f"tokenizer.ggml.{key}", value)
-    for name, array in (tensors_of(family, case) | (further or {})).items():
-        if array.dtype == np.uint8:
-            writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType.MXFP4)
-        elif quantized is None or array.ndim < 2 or array.shape[-1] % 32:
-            writer.add_tensor(name, array)
-        else:
-            kind = gguf.GGMLQuantizationType[quantized]
-            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def loaded(path: Path) -> ResidentModel:
@@ -340,6 +57,21 @@ def test_weights_and_logits_equal_those_of_the_written_model(family: str, tmp_pa
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
     assert model.provenance.quantization == ""
     assert model.end_ids == {1}
+
+
+@pytest.mark.parametrize("family", ["lfm2"])
+def test_transformers_reads_the_same_model_from_the_file(family: str, tmp_path: Path) -> None:
+    """Its reader of GGUF files has names, permutations and settings of its own."""
+    path = write(tmp_path / "tiny.gguf", family)
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    model, prompt = loaded(path), torch.tensor([CASES[family].prompt])
+    for name, values in expected.state_dict().items():
+        torch.testing.assert_close(model.network.state_dict()[name], values, rtol=0, atol=3e-7)
+    torch.testing.assert_close(
+        model.network(prompt).logits, expected(prompt).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_factor_without_a_type_divides_positions(tmp_path: Path) -> None:
@@ -436,6 +168,7 @@ def test_a_file_that_does_not_say_it_begins_texts_with_bos_as_llama_cpp(
         ("starcoder", ["1", "2", "3", "4", "Ġ", "ab", "abc"]),
         ("olmo", ["1234", "Ġ", "ab", "abc"]),
         ("gpt-4o", ["123", "4", "Ġ", "ab", "abc"]),
+        ("deepseek-v3", ["123", "4", "Ġ", "ab", "abc"]),
     ],
 )
 def test_texts_are_split_as_the_named_tokenizer_splits_them(
@@ -475,6 +208,35 @@ def test_sentence_piece_merges_the_pair_with_the_highest_score(tmp_path: Path) -
         text = "".join(drawn.choices([" ", *"abcd"], k=12))
         ids = [token.id for token in vocabulary.encode_prompt(text)]
         assert [tokens[i] for i in ids] == ["<s>", *merged("▁" + text.replace(" ", "▁"), rounded)]
+
+
+def test_gemma_4_merges_in_the_order_of_its_list(tmp_path: Path) -> None:
+    """Compared with transformers' tokenizer, in which no pair of the list is out of order."""
+    letters, merges = ["▁", *"abcdé"], ["a b", "▁ ab", "c d", "b c", "ab cd", "▁ab c", "▁ ▁"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(80))]
+    tokens += [*letters, *(merge.replace(" ", "") for merge in merges)]
+    kinds = [CONTROL] * 5 + [BYTE] * 80
+    tokens += [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
+    described = {
+        "model": "gemma4",
+        "tokens": tokens,
+        "token_type": kinds + [NORMAL] * (VOCABULARY - len(kinds)),
+        "merges": merges,
+        "bos_token_id": 2,
+        "unknown_token_id": 3,
+        "add_space_prefix": False,
+        "add_bos_token": True,
+    }
+    vocabulary = read_gguf_vocabulary(
+        read_header(write(tmp_path / "tiny.gguf", tokenizer=described))
+    )
+    pairs: Any = [tuple(merge.split(" ")) for merge in merges]
+    expected = GemmaTokenizer(vocab={text: i for i, text in enumerate(tokens)}, merges=pairs)
+    drawn = random.Random(0)
+    for _ in range(200):
+        text = "".join(drawn.choices([" ", *"abcdé!"], k=12))
+        ids = [token.id for token in vocabulary.encode_prompt(text)]
+        assert ids == [2, *expected.backend_tokenizer.encode(text, add_special_tokens=False).ids]
 
 
 def merged(text: str, scores: dict[str, float]) -> list[str]:
@@ -525,6 +287,51 @@ def test_what_would_not_be_exact_is_refused(
     changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     assert reason in refusal(write(tmp_path / "tiny.gguf", **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("lfm2", {"attention.head_count_kv": [0, 2]}, "2 values of attention.head_count_kv for 3"),
+        ("lfm2", {"attention.head_count_kv": [1, 2, 0]}, "head_count_kv 1, 2, 0; expected one"),
+        ("lfm2", {"attention.head_count_kv": [-1, 2, 0]}, "invalid setting attention.head_count_k"),
+        ("gemma4", {"attention.head_count_kv": [2, 2, 1, 2, 2]}, "other numbers of heads or neur"),
+        ("gemma4", {"feed_forward_length": [64, 64, 96, 96, 96]}, "other numbers of heads or neur"),
+        ("gemma4", {"attention.shared_kv_layers": 5}, "other numbers of heads or neurons"),
+        ("gemma4", {"attention.sliding_window_pattern": [2] * 5}, "expected true or false"),
+        ("gemma4", {"attention.value_length": 8}, "has several values of attention.key_length, at"),
+        ("gemma4", {"rope.freq_base_swa": "x"}, "invalid setting rope.freq_base_swa 'x'"),
+        ("gemma4", {"block_count": 10**6}, "tensors for 1000000 layers; expected more"),
+        ("deepseek2", {"expert_gating_func": 1}, "router is not DeepSeek V3's"),
+        ("deepseek2", {"attention.head_count_kv": 4}, "has [4, 16, 12] heads and widths of latent"),
+        (
+            "deepseek2",
+            {"attention.key_length_mla": 4},
+            "attention.key_length_mla 4; expected a who",
+        ),
+        ("deepseek2", {"rope.scaling.type": "none"}, "yarn_log_multiplier without YaRN"),
+        ("deepseek2", {"expert_group_used_count": 0}, "invalid setting expert_group_used_count 0"),
+        ("gpt2", {"rope.scaling.factor": 2.0}, "not read: rope.scaling.factor; serve the checkp"),
+    ],
+)
+def test_what_a_family_cannot_have_is_refused(
+    family: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    assert reason in refusal(write(tmp_path / "tiny.gguf", family, settings=settings))
+
+
+def test_divisors_that_are_no_partial_rotation_are_refused(tmp_path: Path) -> None:
+    changed = {"rope_freqs.weight": np.array([1, 2, *[1e30] * 6], np.float32)}
+    path = write(tmp_path / "tiny.gguf", "gemma4", further=changed)
+    assert "rope_freqs.weight with divisors that are not read" in refusal(path)
+
+
+def test_maps_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    keys = np.zeros((4, 6, 12), np.float32)  # not transposed
+    path = write(tmp_path / "tiny.gguf", "deepseek2", further={"blk.0.attn_k_b.weight": keys})
+    assert "have shapes [[4, 6, 12], [4, 8, 12]]: expected [[4, 12, 6], [4, 8, 12]]" in (
+        refusal(path)
+    )
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:

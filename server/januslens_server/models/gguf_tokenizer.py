@@ -43,6 +43,12 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
+# DeepSeek V3 takes numbers first, then Chinese and Japanese text, then the rest.
+_DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u30ff]+",
+    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _REST,
+)
 
 
 def _words(digits: str, letters: str = r"\p{L}") -> str:
@@ -75,8 +81,9 @@ def _bytes_after(*steps: pre_tokenizers.PreTokenizer, split: bool) -> pre_tokeni
     return pre_tokenizers.Sequence([*steps, last]) if steps else last
 
 
-def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return _bytes_after(pre_tokenizers.Split(Regex(pattern), "isolated"), split=False)
+def _split_by(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return _bytes_after(*steps, split=False)
 
 
 def _single_digits() -> pre_tokenizers.PreTokenizer:
@@ -94,6 +101,7 @@ SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     **dict.fromkeys(("deepseek-r1-qwen", "qwen2"), lambda: _split_by(_words(""))),
     "qwen35": lambda: _split_by(_words("", letters=r"\p{L}\p{M}")),
     "tekken": lambda: _split_by(_cased_words("")),
+    "deepseek-v3": lambda: _split_by(*_DEEPSEEK),
     "gpt-4o": lambda: _split_by(_cased_words("{1,3}", end=f"{_CONTRACTION}?")),
 }
 # Tokenizers that look a whole word up before they merge its bytes.
@@ -123,7 +131,7 @@ def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
     if len(set(tokens)) != len(tokens):
         raise ModelFailed("the file's tokenizer has a token twice")
     kind = described.get("model")
-    builders = {"gpt2": _byte_level, "llama": _sentence_piece}
+    builders = {"gemma4": _gemma4, "gpt2": _byte_level, "llama": _sentence_piece}
     if not isinstance(kind, str) or kind not in builders:
         raise ModelFailed(
             f"the file's tokenizer {kind!r:.80} is not read; expected {' or '.join(builders)}; "
@@ -137,7 +145,7 @@ def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
             for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"))
         }
         bos = names["bos_token"]
-        begins = kind == "llama" or described.get("pre") in WITH_BOS
+        begins = kind != "gpt2" or described.get("pre") in WITH_BOS
         if _flag(described, "add_bos_token", default=begins) and bos is not None:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
@@ -192,21 +200,16 @@ def _byte_level(
     tokens: Sequence[str], _types: Sequence[int], described: Mapping[str, Any]
 ) -> Tokenizer:
     """Build a byte-level BPE like GPT-2's."""
-    merges, split = _listed(described, "merges", str), described.get("pre")
+    split = described.get("pre")
     if not isinstance(split, str) or split not in SPLITS:
         raise ModelFailed(
             f"the file's tokenizer splits texts as {split!r:.80}, which is not known; expected one "
             f"of {', '.join(sorted(SPLITS))}; {ADVICE}"
         )
-    if not merges:
-        raise ModelFailed("the file's tokenizer has no merges: expected a list of texts")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ModelFailed("the file's tokenizer has a merge that is not a pair of tokens")
     tokenizer = Tokenizer(
         models.BPE(
             vocab={text: i for i, text in enumerate(tokens)},
-            merges=pairs,
+            merges=_merges(described),
             ignore_merges=split in WHOLE_WORDS,
         )
     )
@@ -215,6 +218,22 @@ def _byte_level(
     tokenizer.pre_tokenizer = SPLITS[split]()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _merges(described: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the pairs of tokens that are merged, the first ones first."""
+    merges = _listed(described, "merges", str)
+    if not merges:
+        raise ModelFailed("the file's tokenizer has no merges: expected a list of texts")
+    pairs = [merge.partition(" ") for merge in merges]
+    if not all(space for _, space, _ in pairs):
+        raise ModelFailed("the file's tokenizer has a merge that is not a pair of tokens")
+    return [(left, right) for left, _, right in pairs]
+
+
+def _gemma4(tokens: Sequence[str], types: Sequence[int], described: Mapping[str, Any]) -> Tokenizer:
+    """Build Gemma 4's BPE: SentencePiece's tokens, merged in the order of a list."""
+    return _of_pieces(tokens, types, described, _merges(described), prefixed=False)
 
 
 def _sentence_piece(
@@ -246,16 +265,28 @@ def _sentence_piece(
         splits = [(text[:i], text[i:]) for i in range(1, len(text))]
         merges += [(score, pair) for pair in splits if pair[0] in pieces and pair[1] in pieces]
     merges.sort(key=lambda merge: -merge[0])
+    return _of_pieces(tokens, types, described, [pair for _, pair in merges], prefixed=True)
+
+
+def _of_pieces(
+    tokens: Sequence[str],
+    types: Sequence[int],
+    described: Mapping[str, Any],
+    merges: list[tuple[str, str]],
+    *,
+    prefixed: bool,
+) -> Tokenizer:
+    """Build a BPE of SentencePiece's tokens; `prefixed` if texts begin with a space by default."""
     tokenizer = Tokenizer(
         models.BPE(
             vocab={text: i for i, text in enumerate(tokens)},
-            merges=[pair for _, pair in merges],
+            merges=merges,
             unk_token=_token_at(tokens, described.get("unknown_token_id"), "unknown"),
             fuse_unk=True,
             byte_fallback=_Type.BYTE in types,
         )
     )
-    prefixed = _flag(described, "add_space_prefix", default=True)
+    prefixed = _flag(described, "add_space_prefix", default=prefixed)
     replaced = normalizers.Replace(" ", SPACE)
     prepended = [normalizers.Prepend(SPACE)] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*prepended, replaced])

@@ -37,12 +37,8 @@ from januslens_server.errors import ModelFailed, shortlist
 from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.adapters import view_of
 from januslens_server.models.failures import check_weights
-from januslens_server.models.gguf_file import (
-    GGUFHeader,
-    read_configuration,
-    read_header,
-    read_weights,
-)
+from januslens_server.models.gguf_file import GGUFHeader, read_header
+from januslens_server.models.gguf_model import read_configuration, read_weights
 from januslens_server.models.gguf_tokenizer import read_gguf_vocabulary
 from januslens_server.models.matrices import loaded_vectors
 from januslens_server.models.placement import (
@@ -392,8 +388,7 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
     device_map = _device_map(source, skeleton)
     where: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint.folder}
     if (header := checkpoint.gguf) is not None:
-        n_layers = checkpoint.config.num_hidden_layers
-        read = read_weights(header, skeleton, n_layers, data_type)
+        read = read_weights(header, skeleton, data_type)
         where = {"pretrained_model_name_or_path": None, "state_dict": read}
     elif checkpoint.dense is not None:
         dense = {n: replace(w, data_type=data_type) for n, w in checkpoint.dense.items()}
