@@ -63,19 +63,47 @@ from januslens_server.specs import (
 )
 from tests.architectures.cases import MEASURED, Case
 from tests.architectures.test_interventions import OTHER_PROMPT
+from tests.architectures.test_levels import QWEN3_NEXT
+from tests.architectures.test_mixer_heads import KIMI
 from tests.architectures.tiny_models import resident
 from tests.loading.test_split import assert_same_figures
 from tests.support.second_device import MixedDevices, Record, moved, second_device
 
 BY_ID = {case.id: case for case in MEASURED}
 LLAMA = BY_ID["llama-grouped"]
-# Conv1D, fused maps, ALiBi, post-norms with caps, windows, norms of queries and keys, experts.
+# Conv1D, fused maps, ALiBi, post-norms with caps, windows, norms of queries and keys, experts. Read
+# by their structure: latent attention, complex rotations, chunks, per-layer inputs, delta rules,
+# state spaces beside attention and in place of it.
 CHOSEN = (
-    "gpt2-plain",
-    "bloom-power of two",
-    "gemma2-grouped, capped, window",
-    "qwen3-grouped, window",
-    "mixtral-window",
+    *(
+        case
+        for case in MEASURED
+        if case.id
+        in {
+            "gpt2-plain",
+            "bloom-power of two",
+            "gemma2-grouped, capped, window",
+            "qwen3-grouped, window",
+            "mixtral-window",
+        }
+        or case.family
+        in {
+            "deepseek_v2",
+            "deepseek_v3",
+            "llama4_text",
+            "gemma4_text",
+            "falcon_h1",
+            "nemotron_h",
+        }
+    ),
+    QWEN3_NEXT,
+    KIMI,
+)
+# Those whose gradients are compared: of fused maps, experts, complex rotations and a delta rule.
+DIFFERENTIATED = (
+    *(BY_ID[name] for name in ("gpt2-plain", "llama-grouped", "mixtral-window")),
+    *(case for case in MEASURED if case.family == "deepseek_v2"),
+    QWEN3_NEXT,
 )
 # Waits per layer of a trace at one position: for the selected heads and sources of attention, for
 # the rows of W_O and of FF2, for the graph's numbers, and for the projections. A layer of experts
@@ -127,11 +155,10 @@ def both(case: Case, resolve: Any, run: Any, spec: Any, record: Record) -> list[
     return found
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.id)
 def test_trace_is_the_same_and_waits_a_stated_number_of_times_per_layer(
-    name: str, record: Record
+    case: Case, record: Record
 ) -> None:
-    case = BY_ID[name]
     spec = TraceSpec(tuple(case.prompt), include_logit_contribution=True, include_vectors=True)
     events = both(case, resolve_trace, trace, spec, record)
     layers = sum(isinstance(event, LayerGraph) for event in events) - 1
@@ -139,9 +166,12 @@ def test_trace_is_the_same_and_waits_a_stated_number_of_times_per_layer(
     assert record.total <= layers * each + WAITS_ONCE, record.waits
 
 
-def test_trace_of_all_positions_with_checks_and_attributions_is_the_same(record: Record) -> None:
+@pytest.mark.parametrize("case", DIFFERENTIATED[1:], ids=lambda case: case.id)
+def test_trace_of_all_positions_with_checks_and_attributions_is_the_same(
+    case: Case, record: Record
+) -> None:
     spec = TraceSpec(
-        tuple(LLAMA.prompt),
+        tuple(case.prompt),
         all_positions=True,
         selection=Selection(heads=2, by=Criterion.ATTRIBUTION),
         include_attribution=True,
@@ -150,7 +180,7 @@ def test_trace_of_all_positions_with_checks_and_attributions_is_the_same(record:
         overlap_k=3,
         other=(7,),
     )
-    both(LLAMA, resolve_trace, trace, spec, record)
+    both(case, resolve_trace, trace, spec, record)
 
 
 @pytest.mark.parametrize("name", ["gpt2-plain", "llama-grouped", "mixtral-window"])
@@ -164,9 +194,8 @@ def test_gradients_wait_a_stated_number_of_times_per_matrix(name: str, record: R
     assert record.total <= most, record.waits
 
 
-@pytest.mark.parametrize("name", ["gpt2-plain", "llama-grouped", "mixtral-window"])
-def test_gradients_are_the_same_and_verified(name: str, record: Record) -> None:
-    case = BY_ID[name]
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=lambda case: case.id)
+def test_gradients_are_the_same_and_verified(case: Case, record: Record) -> None:
     spec = GradientLensSpec(
         tuple(case.prompt),
         NegativeLogLikelihood((5, 7)),

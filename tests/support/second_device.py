@@ -67,11 +67,13 @@ def _histc_of_integers(values: torch.Tensor, *args: Any, **options: Any) -> torc
     return torch.histc(values.float(), *args, **options).to(values.dtype)
 
 
-# Operations that the CPU lacks: products of half types with float32 sums, counts of integers.
+# Operations that the CPU lacks: products of half types with float32 sums, counts of integers. A
+# conjugate is computed at once, since the held tensor's mark of a later one would be overlooked.
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     _aten.mm.dtype_out: _mm_in_float32,
     _aten.addmm.dtype_out: _addmm_in_float32,
     _aten.histc.default: _histc_of_integers,
+    _aten._conj.default: torch.conj_physical,
 }
 
 
@@ -414,7 +416,19 @@ def _set_data(function: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> 
         tensor.held = value.held
 
 
+def _attention(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Attention; torch would make the causal mask on the CPU if keys and values differ in width."""
+    query, key, *_ = args
+    if isinstance(query, OnDevice) and kwargs.get("is_causal"):
+        size = query.shape[-2], key.shape[-2]
+        mask = OnDevice(torch.ones(size, dtype=torch.bool).tril())
+        kwargs = kwargs | {"is_causal": False, "attn_mask": mask}
+    attended: torch.Tensor = function(*args, **kwargs)
+    return attended
+
+
 _METHODS: dict[Any, Callable[..., Any]] = {
+    nn.functional.scaled_dot_product_attention: _attention,
     torch.Tensor.to: _to,
     torch.Tensor.cpu: _cpu,
     torch.Tensor.tolist: _tolist,
