@@ -65,6 +65,14 @@ def test_automatic_view_equals_the_adapters_view(case: Case) -> None:
             assert edge.logit_contribution == pytest.approx(twin.logit_contribution, abs=1e-5)
 
 
+def test_a_soft_cap_of_scores_is_not_left_to_sdpa() -> None:
+    """transformers 5.17 chooses SDPA for this model, which ignores the cap without a word there."""
+    network = plain(next(case for case in WITHOUT_ADAPTER if case.family == "vaultgemma"))
+    network.config._attn_implementation = "sdpa"
+    automatic.view(network)
+    assert network.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize(
     "case", WITHOUT_ADAPTER + LATENT + LLAMA4 + GEMMA4, ids=lambda case: case.id
 )

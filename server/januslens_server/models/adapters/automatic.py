@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import QueryScaling
-from januslens_server.models.adapters.modules import table_rotation
+from januslens_server.models.adapters.modules import run_eagerly, table_rotation
 from januslens_server.models.adapters.observed_block import BlockFinder, BlockSettings
 from januslens_server.models.adapters.observed_pass import observe
 from januslens_server.models.adapters.stream import (
@@ -87,6 +87,8 @@ def view(model: PreTrainedModel) -> ModelView:
     Raises:
         ModelFailed: The model has no residual stream.
     """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        run_eagerly(model)
     stream = find_stream(model)
     try:
         blocks, facts = _parts(stream)
