@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.quantization_scheme import read_scheme
+from januslens_server.models.quantized import TensorEntry, dense_weights
 from tests.architectures.cases import CASES, MIXTURES, SHARED_EXPERTS, Case
 from tests.loading.folders import room_for, saved
 
@@ -226,6 +228,58 @@ def bytes_by_row(name: str, shape: tuple[int, ...], drawn: np.random.Generator) 
     return stored, codes.astype(np.float32) * scales
 
 
+def four_bits(*, nested: bool = False) -> Quantise:
+    """Codes into a table, as bitsandbytes stores them: the first one in a byte's upper bits.
+
+    Rows do not end where blocks of 64 values end.
+    """
+
+    def quantise(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+        size = int(np.prod(shape))
+        codes, n_blocks = drawn.integers(0, 16, size + size % 2), -(-size // 64)
+        table = np.sort(drawn.uniform(-1, 1, 16)).astype(np.float32)
+        scales = drawn.uniform(0.05, 0.1, n_blocks).astype(np.float32)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+        stored = {
+            name: torch.from_numpy((codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None]),
+            f"{name}.quant_map": torch.from_numpy(table),
+        }
+        if nested:
+            own = drawn.uniform(0.01, 0.02, -(-n_blocks // 4)).astype(np.float32)
+            levels = np.sort(drawn.uniform(-1, 1, 256)).astype(np.float32)
+            picked = drawn.integers(0, 256, n_blocks)
+            state |= {"nested_blocksize": 4, "nested_dtype": "float32", "nested_offset": 0.0625}
+            scales = np.array([levels[c] * own[i // 4] for i, c in enumerate(picked)], np.float32)
+            scales += np.float32(0.0625)
+            stored[f"{name}.nested_absmax"] = torch.from_numpy(own)
+            stored[f"{name}.nested_quant_map"] = torch.from_numpy(levels)
+        absmax = picked.astype(np.uint8) if nested else scales
+        stored[f"{name}.absmax"] = torch.from_numpy(absmax)
+        stored[f"{name}.quant_state.bitsandbytes__nf4"] = text_tensor(json.dumps(state))
+        values = [table[codes[i]] * scales[i // 64] for i in range(size)]
+        return stored, np.array(values, np.float32).reshape(shape)
+
+    return quantise
+
+
+def text_tensor(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def eight_bits(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+    """Integers of LLM.int8(): a row's largest magnitude is 127 steps."""
+    codes = drawn.integers(-127, 128, shape).astype(np.int8)
+    largest = drawn.uniform(0.1, 0.2, shape[0]).astype(np.float32)
+    module = name.removesuffix(".weight")
+    stored = {
+        name: torch.from_numpy(codes),
+        f"{module}.SCB": torch.from_numpy(largest),
+        f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+    values = codes.astype(np.float32) * largest[:, None] * np.float32(1 / 127)
+    return stored, values
+
+
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
     """The configuration that llm-compressor writes for one group of weights."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
@@ -242,6 +296,7 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 20], "activation_sche
 INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": True}
 FP8 = {"type": "float", "num_bits": 8}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm", "zero_point": True}
 LINEAR = r"(q|k|v|o|gate|up|down)_proj\.weight$"
 SCHEMES: dict[str, tuple[Case, str, dict[str, Any], Quantise, str]] = {
@@ -312,6 +367,15 @@ SCHEMES: dict[str, tuple[Case, str, dict[str, Any], Quantise, str]] = {
         DENSE, r"(q|o)_proj\.weight$", GPTQ | {"bits": 2, "group_size": -1},
         gptq(2, 1000, biased=True), "GPTQ (int2 in groups of all columns)",
     ),
+    "bitsandbytes NF4": (DENSE, LINEAR, NF4, four_bits(), "bitsandbytes NF4"),
+    "bitsandbytes NF4, nested": (
+        DENSE, LINEAR, NF4 | {"bnb_4bit_use_double_quant": True}, four_bits(nested=True),
+        "bitsandbytes NF4, nested",
+    ),
+    "bitsandbytes int8": (
+        DENSE, LINEAR, {"quant_method": "bitsandbytes", "load_in_8bit": True}, eight_bits,
+        "bitsandbytes int8",
+    ),
     "AWQ, experts": (MIXTURE, LINEAR, AWQ, awq(8), "AWQ (int4 in groups of 8)"),
 }  # fmt: skip
 
@@ -374,6 +438,36 @@ def test_weights_are_those_of_the_published_formula(
         assert torch.equal(found[name], values), name
     assert model.provenance.quantization == SCHEMES[scheme][-1]
     assert plain.provenance.quantization == ""
+
+
+BITSANDBYTES = Path(__file__).parents[1] / "fixtures" / "bitsandbytes.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_weights_are_those_that_bitsandbytes_returns(kind: str, tmp_path: Path) -> None:
+    """Compared with version 0.50.2 on a CPU.
+
+    The fixture has the tensors of `quantize_4bit(..., blocksize=64)` (NF4 with
+    `compress_statistics`) and of `int8_vectorwise_quant`, and what `dequantize_4bit` (NF4 in
+    bfloat16) and `int8_vectorwise_dequant` return for them.
+    """
+    tensors = {
+        name.removeprefix(f"{kind}."): values
+        for name, values in load_file(BITSANDBYTES).items()
+        if name.startswith(f"{kind}.")
+    }
+    expected = tensors.pop("expected")
+    save_file(tensors, tmp_path / WEIGHTS)
+    kinds = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
+    entries = {
+        name: TensorEntry(WEIGHTS, kinds[values.dtype], tuple(values.shape))
+        for name, values in tensors.items()
+    }
+    described = NF4 | {"bnb_4bit_quant_type": kind, "load_in_8bit": kind == "int8"}
+    weights = dense_weights(tmp_path, entries, read_scheme({"quantization_config": described}))
+    found = replace(weights["map.weight"], data_type=expected.dtype)[...]
+    assert list(weights) == ["map.weight"]
+    assert torch.equal(found, expected)
 
 
 def test_dequantised_weights_are_rounded_once(tmp_path: Path) -> None:
@@ -520,6 +614,48 @@ BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str
         {"q_proj.g_idx": torch.full((32,), -1, dtype=torch.int32)}, "names groups beyond the 2",
     ),
     "GPTQ groups of zero": ("GPTQ", {"group_size": 0}, {}, "invalid group_size [1, 0]"),
+    "bitsandbytes of another kind": (
+        "bitsandbytes NF4", {"bnb_4bit_quant_type": "af4"}, {}, "stores weights as 'af4': expected"
+    ),
+    "bitsandbytes without scales": (
+        "bitsandbytes NF4", {}, {"q_proj.weight.absmax": None}, "q_proj.weight.absmax', which bits"
+    ),
+    "bitsandbytes with a short table": (
+        "bitsandbytes NF4", {}, {"q_proj.weight.quant_map": torch.ones(8)}, "[8]: expected [16]"
+    ),
+    "bitsandbytes with a state that is no JSON": (
+        "bitsandbytes NF4", {}, {"q_proj.weight.quant_state.bitsandbytes__nf4": text_tensor("{")},
+        "bitsandbytes__nf4' is not JSON",
+    ),
+    "bitsandbytes with a state of a list": (
+        "bitsandbytes NF4", {}, {"q_proj.weight.quant_state.bitsandbytes__nf4": text_tensor("[]")},
+        "describes no shape",
+    ),
+    "bitsandbytes of terabytes": (
+        "bitsandbytes NF4", {},
+        {
+            "q_proj.weight.quant_state.bitsandbytes__nf4": text_tensor(
+                '{"shape": [1000000, 1000000], "blocksize": 64}'
+            )
+        },
+        "has shape [768, 1]: expected [500000000000, 1]",
+    ),
+    "bitsandbytes with blocks of zero": (
+        "bitsandbytes NF4", {},
+        {
+            "q_proj.weight.quant_state.bitsandbytes__nf4": text_tensor(
+                '{"shape": [48, 32], "blocksize": 0}'
+            )
+        },
+        "has blocksize 0: expected 1 to 65536",
+    ),
+    "bitsandbytes integers of other rows": (
+        "bitsandbytes int8", {}, {"q_proj.SCB": torch.ones(7)}, "has shape [48, 32]: expected [7,"
+    ),
+    "bitsandbytes integers in tiles": (
+        "bitsandbytes int8", {},
+        {"q_proj.weight_format": torch.tensor(2, dtype=torch.uint8)}, "expected codes in rows",
+    ),
     "AWQ of another version": ("AWQ, experts", {"version": "gemv"}, {}, "in version 'gemv'"),
     "AWQ of 8 bits": ("AWQ, experts", {"bits": 8}, {}, "stores weights of 8 bits"),
     "codes that are not there": (
@@ -574,7 +710,7 @@ def test_what_does_not_fit_its_scheme_is_refused(broken: str, tmp_path: Path) ->
     ("method", "advice"),
     [
         ("aqlm", "serve the checkpoint that it was made from"),
-        ("bitsandbytes", ".dequantize().save_pretrained("),
+        ("higgs", ".dequantize().save_pretrained("),
         (None, "an unnamed method"),
     ],
 )
@@ -589,14 +725,14 @@ def test_other_schemes_are_refused_with_the_command_that_converts_them(
     assert advice in reason
 
 
-READ = {"awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4", "mxfp8"}
+READ = {"awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4", "mxfp8"}
 
 
 @pytest.mark.parametrize("method", sorted(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - READ))
 def test_every_other_scheme_of_transformers_is_refused_by_name(method: str) -> None:
     with pytest.raises(ModelFailed) as refused:
         read_scheme({"quantization_config": {"quant_method": method, "bits": 4}})
-    assert f"is quantised by {method}: expected awq, compressed-tensors" in str(refused.value)
+    assert f"is quantised by {method}: expected awq, bitsandbytes, comp" in str(refused.value)
     assert "serve the checkpoint that it was made from" in str(refused.value)
 
 

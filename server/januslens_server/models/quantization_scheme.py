@@ -5,7 +5,7 @@ A scheme that is not read is refused with the command that converts it, if there
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,12 @@ FORMATS = {
 # What is added to stored zero points, by the format's name.
 GPTQ_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 AWQ_BITS = 4
-# How to convert what is not read: transformers dequantises two schemes on a GPU, llama.cpp another.
+# How to convert what is not read: transformers dequantises one scheme on a GPU, llama.cpp another.
 DEQUANTISE = (
     'python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\""
 )
 CONVERSIONS = {
-    "bitsandbytes": DEQUANTISE,
     "gptq": "convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE.gguf (from llama.cpp)",
     "higgs": DEQUANTISE,
 }
@@ -108,17 +107,13 @@ def _scheme(found: Any) -> Scheme:
         return Scheme(method, name, (Group("float", 8, sizes),), "_scale_inv")
     if method == "fbgemm_fp8":
         return Scheme(method, "FBGEMM FP8", (Group("float", 8, (1, None)),), "_scale")
-    if method == "compressed-tensors":
-        return _compressed(found)
-    if method == "gptq":
-        return _gptq(found)
-    if method == "awq":
-        return _awq(found)
+    if method is not None and method in READERS:
+        return READERS[method](found)
     command = CONVERSIONS.get(method or "")
     raise ModelFailed(
         f"the checkpoint is quantised by {method or 'an unnamed method'}: expected "
-        "awq, compressed-tensors, fbgemm_fp8, fp8, gptq, mxfp4, mxfp8, or weights in float32, "
-        "bfloat16 or float16; serve the checkpoint that it was made from"
+        "awq, bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq, mxfp4, mxfp8, or weights in "
+        "float32, bfloat16 or float16; serve the checkpoint that it was made from"
         + (f", or convert it: {command}" if command else "")
     )
 
@@ -225,6 +220,20 @@ def _awq(found: Mapping[str, Any]) -> Scheme:
     return _integer_columns("awq", "AWQ", found, bits, 0)
 
 
+def _bitsandbytes(found: Mapping[str, Any]) -> Scheme:
+    """Read what bitsandbytes writes through transformers: 4 bits into a table, or LLM.int8()."""
+    if found.get("load_in_8bit") is True:
+        return Scheme("bitsandbytes", "bitsandbytes int8")
+    kind = _named(found, "bnb_4bit_quant_type") or "fp4"
+    if found.get("load_in_4bit") is not True or kind not in {"fp4", "nf4"}:
+        raise ModelFailed(
+            f"bitsandbytes stores weights as {kind!r}: expected load_in_8bit, or load_in_4bit with "
+            "fp4 or nf4; serve the checkpoint that it was made from"
+        )
+    nested = ", nested" if found.get("bnb_4bit_use_double_quant") is True else ""
+    return Scheme("bitsandbytes", f"bitsandbytes {kind.upper()}{nested}")
+
+
 def _integer_columns(
     method: str, name: str, found: Mapping[str, Any], bits: int, zero_offset: int
 ) -> Scheme:
@@ -233,3 +242,11 @@ def _integer_columns(
     groups = (Group("int", bits, (1, columns), symmetric=False),)
     shown = f"{name} (int{bits} in groups of {columns or 'all columns'})"
     return Scheme(method, shown, groups, zero_offset=zero_offset)
+
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Scheme]] = {
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed,
+    "gptq": _gptq,
+}

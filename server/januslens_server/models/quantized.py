@@ -9,7 +9,9 @@ computed in float32 and rounded once to the data type that is served. These sche
   rows and columns (DeepSeek-V3 Technical Report, section 3.3.2), and FBGEMM's with one per row;
 - compressed-tensors, as llm-compressor writes it: floats of 8 bits, of 4 bits (NVFP4), integers;
 - GPTQ, as AutoGPTQ and GPTQModel write it: integers with a group for each column (Frantar et al.
-  2022), and AWQ, as AutoAWQ writes it (Lin et al. 2023, section 4).
+  2022), and AWQ, as AutoAWQ writes it (Lin et al. 2023, section 4);
+- bitsandbytes: codes of 4 bits into a table, with a scale for each block of values (NF4 and FP4,
+  Dettmers et al. 2023, section 3), and integers of 8 bits with a scale for each row (LLM.int8()).
 
 transformers could dequantise them, but derives the size of blocks from the number of scales. This
 is wrong if blocks do not divide a matrix, as in DeepSeek's keys. It also accepts codes without
@@ -19,6 +21,7 @@ fit is refused. Scales of activations are ignored, because activations are not q
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -46,6 +49,13 @@ VALUES_AT_ONCE = 2**22
 
 # The places of eight columns in 32 bits of AWQ: even columns first.
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+
+# How bitsandbytes stores a weight of 4 bits: the end of the name, and the most bytes in JSON.
+QUANT_STATE, MAX_STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), 4096
+# Values with one scale. bitsandbytes has 32 to 4096 in a weight, and 256 among the scales.
+MAX_BLOCK = 2**16
+# The step of LLM.int8()'s scales, as bitsandbytes has it: a float32 near 1 / 127.
+INT8_STEP = 7.874015718698502e-3
 
 # Scales that quantise activations, and cached keys and values.
 OF_ACTIVATIONS = re.compile(
@@ -475,8 +485,118 @@ def _columns(files: _Files, scheme: Scheme) -> tuple[dict[str, DenseWeight], set
     return weights, used
 
 
+class _Table:
+    """A weight of bitsandbytes in 4 bits: codes into a table of 16 values, two in a byte.
+
+    The first code is in the upper bits. Each block of values, counted over the whole weight, has a
+    scale `absmax`. Scales may be codes of 8 bits into a table of 256 values themselves; they have a
+    scale for each block, and a common offset.
+    """
+
+    def __init__(self, files: _Files, scheme: Scheme, name: str, state: str) -> None:
+        self._files, self._name, self._why = files, name, scheme.name
+        entry = files.entries[state]
+        files.expect(state, {BYTES}, (min(entry.size, MAX_STATE),), scheme.name)
+        try:
+            self._state = json.loads(bytes(files.read(state).tolist()))
+        except ValueError as error:
+            raise ModelFailed(f"tensor {state!r} is not JSON: {error}") from error
+        shape = self._state.get("shape") if isinstance(self._state, dict) else None
+        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+            raise ModelFailed(f"tensor {state!r} describes no shape: expected sizes above 0")
+        self.shape, self._size = tuple(shape), math.prod(shape)
+        self._n_blocks = -(-self._size // self._block("blocksize"))
+        self.names = {name, state}
+        self._expect(name, {BYTES}, (-(-self._size // 2), 1))
+        self._expect(f"{name}.quant_map", FLOATS, (16,))
+        self._nested = f"{name}.nested_absmax" in files.entries
+        self._expect(f"{name}.absmax", {BYTES} if self._nested else FLOATS, (self._n_blocks,))
+        if self._nested:
+            n_nested = -(-self._n_blocks // self._block("nested_blocksize"))
+            self._expect(f"{name}.nested_absmax", FLOATS, (n_nested,))
+            self._expect(f"{name}.nested_quant_map", FLOATS, (256,))
+            if type(self._state.get("nested_offset")) not in {int, float}:
+                raise ModelFailed(f"tensor {state!r} has no nested_offset: expected a number")
+
+    def _expect(self, name: str, kinds: Iterable[str], shape: tuple[int, ...]) -> None:
+        self._files.expect(name, kinds, shape, self._why)
+        self.names.add(name)
+
+    def _block(self, key: str) -> int:
+        size = self._state.get(key)
+        if type(size) is int and 0 < size <= MAX_BLOCK:
+            return size
+        raise ModelFailed(
+            f"tensor {self._name!r} has {key} {size!r:.80}: expected 1 to {MAX_BLOCK}"
+        )
+
+    def read(self) -> torch.Tensor:
+        """Dequantise the weight to float32, some blocks at a time."""
+        codes = self._files.read(self._name).flatten()
+        table = self._files.read(f"{self._name}.quant_map").float()
+        scales, block = self._scales(), self._block("blocksize")
+        values = torch.empty(self._size)
+        step = max(1, VALUES_AT_ONCE // block) * block * 2  # begins at a byte and at a block
+        for start in range(0, self._size, step):
+            part = values[start : start + step]
+            packed = codes[start // 2 : -(-(start + len(part)) // 2)]
+            unpacked = torch.stack([packed >> 4, packed & 15], -1).flatten()[: len(part)]
+            own = scales[start // block : -(-(start + len(part)) // block)]
+            part[:] = table[unpacked.int()] * own.repeat_interleave(block)[: len(part)]
+        return values.reshape(self.shape)
+
+    def _scales(self) -> torch.Tensor:
+        stored = self._files.read(f"{self._name}.absmax")
+        if not self._nested:
+            return stored.float()
+        table = self._files.read(f"{self._name}.nested_quant_map").float()
+        own = self._files.read(f"{self._name}.nested_absmax").float()
+        spread = own.repeat_interleave(self._block("nested_blocksize"))[: self._n_blocks]
+        scales: torch.Tensor = table[stored.int()] * spread + self._state["nested_offset"]
+        return scales
+
+
+def _bitsandbytes(files: _Files, scheme: Scheme) -> tuple[dict[str, DenseWeight], set[str]]:
+    """Find the weights of bitsandbytes in 4 or 8 bits."""
+    weights, used = {}, set()
+    for name, entry in files.entries.items():
+        if state := QUANT_STATE.search(name):
+            codes = name[: state.start()]
+            found = _Table(files, scheme, codes, name)
+            weights[codes] = DenseWeight(found.shape, found.read)
+            used |= found.names
+        elif name.endswith(".SCB"):
+            module = name.removesuffix(".SCB")
+            codes, form = f"{module}.weight", f"{module}.weight_format"
+            rows = files.entries[codes].shape if codes in files.entries else ()
+            files.expect(codes, {INT8}, (entry.size, rows[-1] if rows else 1), scheme.name)
+            files.expect(name, FLOATS, (entry.size,), scheme.name)
+            if form in files.entries:
+                files.expect(form, {BYTES}, (), scheme.name)
+                if int(files.read(form)):
+                    raise ModelFailed(f"tensor {form!r} is not 0: expected codes in rows")
+            weights[codes] = DenseWeight(rows, _rows_reader(files, codes, name))
+            used |= {codes, name, form}
+    return weights, used & files.entries.keys()
+
+
+def _rows_reader(files: _Files, codes: str, scales: str) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        values = files.read(codes).float()
+        values *= files.read(scales).float()[:, None]
+        values *= INT8_STEP
+        return values
+
+    return read
+
+
 # What finds the weights of a method, where scales are not beside the codes of single weights.
-FINDERS = {"awq": _columns, "gptq": _columns, "mxfp4": _microscaled}
+FINDERS = {
+    "awq": _columns,
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _columns,
+    "mxfp4": _microscaled,
+}
 
 
 def _unpacked_integers(
