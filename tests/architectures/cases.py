@@ -467,6 +467,8 @@ ROUTED = {
     "first_k_dense_replace": 1,
     "attention_bias": True,
 }
+# An indexer chooses fewer sources than the prompt has.
+INDEXED = {"index_topk": 3, "index_n_heads": 2, "index_head_dim": 8}
 FOUR_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 COMBINED = tuple(
     Case(family, "automatic", settings, length=6)
@@ -502,7 +504,16 @@ COMBINED = tuple(
                 "use_bias": True,
             },
         ),
+        (
+            "deepseek_v32",
+            LATENT_WIDTHS | ROUTED | INDEXED,
+        ),
         ("glm4_moe_lite", LATENT_WIDTHS | ROUTED),
+        # The second layer attends to the sources that the indexer of the first chose.
+        (
+            "glm_moe_dsa",
+            LATENT_WIDTHS | ROUTED | INDEXED | {"indexer_types": ["full", "shared"]},
+        ),
         (
             "granitemoehybrid",
             GRANITE_MULTIPLIERS

@@ -30,7 +30,7 @@ from januslens_server.specs import (
     TraceSpec,
     Zero,
 )
-from tests.architectures.cases import MIXTURES, Case
+from tests.architectures.cases import COMBINED, MIXTURES, Case
 from tests.architectures.test_interventions import (
     LLAMA,
     OTHER_PROMPT,
@@ -106,6 +106,23 @@ def test_experiments_of_a_batch_equal_each_alone(case: Case) -> None:
     assert [outcome.kl_nats for outcome in header.before] == pytest.approx([0, 0], abs=1e-6)
     for number, effect in effects.items():
         assert effect.label == str(number)
+        assert_alone(case, effect, *experiments[number])
+
+
+def test_copies_attend_to_the_sources_that_the_indexer_of_a_skipped_block_chose() -> None:
+    case = next(case for case in COMBINED if case.family == "glm_moe_dsa")
+    experiments = [
+        (at(Site.MLP_OUTPUT, Scale(-1.0), layers=(1,), positions=(place,)),) for place in (5, 2)
+    ] + [(at(Site.HEAD_RESULT, Zero(), layers=(1,), heads=(1,)),)]
+    spec = InterveneSpec(
+        tuple(case.prompt),
+        target=(TARGET,),
+        other=(OTHER,),
+        positions=(-1, 4),
+        experiments=tuple(ExperimentSpec("", own) for own in experiments),
+    )
+    _, effects = run(case, spec)
+    for number, effect in effects.items():
         assert_alone(case, effect, *experiments[number])
 
 

@@ -49,7 +49,7 @@ from januslens_server.specs import (
     TraceSpec,
     Zero,
 )
-from tests.architectures.cases import Case
+from tests.architectures.cases import COMBINED, Case
 from tests.architectures.test_levels import FALCON_H1, MAMBA, QWEN3_NEXT, close, served
 from tests.architectures.tiny_models import plain
 
@@ -373,6 +373,22 @@ def test_factors_of_linear_maps_are_autograds_gradients_of_the_plain_model(case:
         assert matrices[name].kind is MatrixKind.MODULE
         shown = parts.projections.projected.tolist()
         assert any(shown) == (SIDES[case][name] is not None)
+
+
+def test_gradients_of_an_indexers_maps_are_zero() -> None:
+    case = next(case for case in COMBINED if case.family == "glm_moe_dsa")
+    network = plain(case)
+    network.zero_grad()
+    (-logits(network, case)[-1].log_softmax(-1)[TARGET]).backward()
+    assert network.model.layers[0].self_attn.indexer.wk.weight.grad is None
+    spec = GradientLensSpec(tuple(case.prompt), NegativeLogLikelihood((TARGET,)), modules=("*",))
+    found = gradient_lens(resolve_gradient_lens(served(case), spec), lambda: None)
+    norms = {e.module: e.frobenius_norm for e in found if isinstance(e, GradientMatrix)}
+    of_indexer = {
+        name.rpartition(".")[2]: norm for name, norm in norms.items() if "indexer" in name
+    }
+    assert of_indexer == {"wq_b": 0, "wk": 0, "weights_proj": 0}
+    assert norms["self_attn.o_proj"] > 0
 
 
 def test_linear_maps_are_listed_and_named_by_patterns() -> None:

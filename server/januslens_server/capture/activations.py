@@ -143,6 +143,9 @@ class LayerActivations:
     `query_scale` and `key_scale` `[pos, d_head]` are set if latent vectors are normed between two
     linear maps: the norm's scale for each dimension of a query or key.
 
+    `chosen_sources` `[pos, k]` are the positions that an indexer chose as sources; a position
+    attends to those of them that are not later. None means all sources.
+
     `gradients` are those of the sums of the residual stream after a backward pass, by the name of
     their field.
 
@@ -167,6 +170,7 @@ class LayerActivations:
     gate: torch.Tensor | None = None
     query_scale: torch.Tensor | None = None
     key_scale: torch.Tensor | None = None
+    chosen_sources: torch.Tensor | None = None
     residual_mid: torch.Tensor | None = None
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None

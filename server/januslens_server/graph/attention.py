@@ -104,12 +104,18 @@ class HeadRow:
 
     @property
     def _hidden(self) -> torch.Tensor | None:
-        """Sources that an intervention hides `[n_heads, sources]`, or None."""
-        if self.acts.hidden_sources is None:
-            return None
+        """Sources `[n_heads, sources]` that an intervention hides or no indexer chose, or None."""
         n_heads, device = self.acts.query.shape[1], self.acts.query.device
-        mask = self.acts.hidden_sources.mask([self.position], n_heads, self.position + 1, device)
-        return mask[0, :, self.first :]
+        mask: torch.Tensor | None = None
+        if self.acts.hidden_sources is not None:
+            hidden = self.acts.hidden_sources
+            mask = hidden.mask([self.position], n_heads, self.position + 1, device)[0]
+        if self.acts.chosen_sources is not None:
+            chosen = self.acts.chosen_sources[self.acts.row(self.position)].long()
+            left = torch.ones(self.position + 1, dtype=torch.bool, device=device)
+            left[chosen[chosen <= self.position]] = False
+            mask = left.expand(n_heads, -1) if mask is None else mask | left
+        return None if mask is None else mask[:, self.first :]
 
     @property
     def _sources(self) -> slice:

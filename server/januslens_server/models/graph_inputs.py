@@ -122,6 +122,7 @@ def _attention_taps(attention: Attention) -> dict[str, Tap]:
     optional = {
         "gate": None if attention.gate is None else attention.gate.linear.output,
         "attention_output": attention.added,
+        "chosen_sources": attention.chosen,
     }
     latent = {} if attention.latent is None else attention.latent.taps
     return taps | latent | {name: tap for name, tap in optional.items() if tap is not None}

@@ -259,10 +259,16 @@ def copies(
 @contextmanager
 def _skipped(blocks: Sequence[nn.Module], output: Any, count: int) -> Iterator[None]:
     """Replace blocks by a function that returns a known output for each copy of the prompt."""
-    residual = nth_tensor(output).expand(count, -1, -1)
+
+    def of_copies(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.shape[:1] != (1,):
+            return value
+        return value.expand(count, *value.shape[1:])
 
     def known(*_args: Any, **_named: Any) -> Any:
-        return residual if isinstance(output, torch.Tensor) else (residual, *output[1:])
+        if isinstance(output, torch.Tensor):
+            return of_copies(output)
+        return tuple(of_copies(value) for value in output)
 
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
@@ -545,9 +551,11 @@ def dense_gradient(
 
 def _gradients(value: torch.Tensor, at: list[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Compute the gradients of a number; 0 where it does not depend on a tensor."""
-    if not value.requires_grad:  # interventions cut every path
+    leading = [tensor for tensor in at if tensor.requires_grad]  # an indexer runs without gradients
+    if not value.requires_grad or not leading:  # interventions cut every path
         return [torch.zeros_like(tensor) for tensor in at]
-    return torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
+    found = iter(torch.autograd.grad(value, leading, allow_unused=True, materialize_grads=True))
+    return [next(found) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in at]
 
 
 # The sites before the heads' results, and the others, in the order of the pass.

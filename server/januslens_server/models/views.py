@@ -127,7 +127,9 @@ class Attention:
     may be the keys' map. Values are clipped to `value_clip`. `finish` is applied to the result
     before it is added to the residual; `added` is the tap of a post-norm's output. A `gate`
     multiplies what the heads pass to `output`. With `latent` vectors, queries, keys and values are
-    computed from those.
+    computed from those. `chosen` is the tap of the sources `[batch, pos, k]` that an indexer chose
+    for each position (DeepSeek V3.2), in this block or in a lower one; positions attend to no
+    others.
     """
 
     query: Linear
@@ -146,6 +148,7 @@ class Attention:
     value_clip: float | None = None
     gate: AttentionGate | None = None
     latent: LatentAttention | None = None
+    chosen: Tap | None = None
     finish: Finish | None = None
     added: Tap | None = None
 
@@ -506,6 +509,8 @@ def _unused_parts(network: PreTrainedModel, view: ModelView) -> set[int]:
 def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the block's parameters, with their names, that no part of it includes."""
     modules = [block.module.get_submodule(sublayer.name) for sublayer in block.beside]
+    if block.attention is not None and block.attention.chosen is not None:
+        modules.append(block.attention.chosen.module)
     shown = {parameter for module in modules for parameter in module.parameters()}
     matrices = [m for m in block.matrices.values() if isinstance(m, Linear)]
     matrices += [] if block.attention is None else block.attention.linears

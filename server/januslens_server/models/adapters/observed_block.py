@@ -25,6 +25,7 @@ from januslens_server.models.adapters.observed_mlp import (
 )
 from januslens_server.models.adapters.observed_modules import is_multiple, kind_of_mixer
 from januslens_server.models.adapters.observed_pass import (
+    Choice,
     ModuleCall,
     ObservedPass,
     difference,
@@ -65,12 +66,19 @@ class BlockFinder:
         self._module = module
         self._known_factors = scales(config)
         self._calls = observed.inside(name)
+        self._choice = self._find_choice(observed)
         block = observed.of(module)
         if block is None:
             raise ModelFailed(f"{name} is not called in a forward pass")
         self._input, self._output = block.input, block.output
         self._mixers = self._mixers_beside_attention()
         self._attention, self._mlp, self._others = self._split(config)
+        without_latent = self._attention is not None and not self._attention.latent
+        if self._choice is not None and without_latent:
+            raise ModelFailed(
+                f"{self._choice.name} chooses the sources of attention: expected attention with "
+                "latent vectors"
+            )
 
     def block(
         self,
@@ -187,10 +195,7 @@ class BlockFinder:
         Attention comes first. Its maps are in one module, or they are the first four. If others
         follow the MLP, its maps are in one module. Those of mixers beside attention are left out.
         """
-        mixers = [mixer.name for mixer in self._mixers]
-        linears = [
-            call for call in self._calls if is_linear(call) and self._child(call) not in mixers
-        ]
+        linears = self._linears()
         experts = find_experts(self._name, self._calls, config)
         others: list[ModuleCall] = []
         parents = {_parent(call) for call in linears}
@@ -227,6 +232,30 @@ class BlockFinder:
         if experts is not None and rest:
             experts = with_shared_outside(experts, rest, self._calls, config)
         return found_attention, experts or dense_mlp(rest, self._calls, config), others
+
+    def _find_choice(self, observed: ObservedPass) -> Choice | None:
+        """Return the sources that the block's attention reads, as an indexer chose them, or None.
+
+        The indexer is in the block, or the block gets what that of a lower one chose.
+        """
+        for choice in reversed(observed.choices):
+            inside = choice.name.startswith(f"{self._name}.")
+            passed = (tensor for call in self._calls for tensor in call.tensors)
+            if inside or any(same_memory(tensor, choice.output) for tensor in passed):
+                return choice
+        return None
+
+    def _linears(self) -> list[ModuleCall]:
+        """Return the calls of linear maps outside of an indexer and of mixers beside attention."""
+        mixers = [mixer.name for mixer in self._mixers]
+        indexer = () if self._choice is None else (f"{self._choice.name}.",)
+        return [
+            call
+            for call in self._calls
+            if is_linear(call)
+            and self._child(call) not in mixers
+            and not call.name.startswith(indexer)
+        ]
 
     def _only_sublayer(
         self, linears: list[ModuleCall], config: PreTrainedConfig
@@ -289,6 +318,7 @@ class BlockFinder:
             output=found.output,
             gate=maps.gate,
             latent=maps.latent,
+            chosen=None if self._choice is None else Tap(self._choice.module, End.OUTPUT),
             n_heads=settings.n_heads,
             n_kv_heads=maps.n_kv_heads,
             scoring=Scoring(

@@ -43,10 +43,23 @@ class ModuleCall:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What an indexer chose: positions of sources `[batch, pos, k]`, as integers."""
+
+    name: str
+    module: nn.Module
+    output: torch.Tensor
+
+
+@dataclass(frozen=True)
 class ObservedPass:
-    """The calls of all modules in one forward pass, in the order in which they returned."""
+    """The calls of all modules in one forward pass, in the order in which they returned.
+
+    `choices` are those of modules that return integers.
+    """
 
     calls: tuple[ModuleCall, ...]
+    choices: tuple[Choice, ...] = ()
 
     def inside(self, prefix: str) -> list[ModuleCall]:
         """Return the calls of the modules inside the one named `prefix`."""
@@ -69,12 +82,13 @@ def observed_ids(network: PreTrainedModel) -> torch.Tensor:
 def observe(network: PreTrainedModel) -> ObservedPass:
     """Run `observed_ids` through the model and record the call of every module."""
     calls: list[ModuleCall] = []
+    choices: list[Choice] = []
     with ExitStack() as hooks:
         for name, module in network.named_modules():
-            handle = module.register_forward_hook(_recorder(name, calls), with_kwargs=True)
-            hooks.callback(handle.remove)
+            record = _recorder(name, calls, choices)
+            hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
         network(input_ids=observed_ids(network), use_cache=False)
-    return ObservedPass(tuple(calls))
+    return ObservedPass(tuple(calls), tuple(choices))
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -82,8 +96,11 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _recorder(name: str, calls: list[ModuleCall]) -> Callable[..., None]:
+def _recorder(name: str, calls: list[ModuleCall], choices: list[Choice]) -> Callable[..., None]:
     def record(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
+        integers = isinstance(output, torch.Tensor) and output.dtype in {torch.int32, torch.int64}
+        if integers and output.dim() == 3:
+            choices.append(Choice(name, module, output))
         passed = (*args, *named.values())
         taken = _first_float(passed)
         given = _first_float(output if isinstance(output, tuple | list) else [output])
