@@ -249,6 +249,9 @@ def test_gradient_and_trace_share_the_selection(live: Page) -> None:
     first.get_by_role("button", name="Gradient beside it").click()
     second, gradient = panel(live, 1)
     state(second, "done")
+    expect(first.get_by_role("heading", level=2).first).to_have_text(
+        f"Trace of “{PROMPT}” → ␣Paris (demo)"
+    )
     gradient.locator('.chip.painted[data-id="L1/p3/FF2"]').click()
     expect(trace.locator(".inspector [data-node]")).to_have_attribute(
         "data-node", "L1/p3/BLOCK_OUTPUT"

@@ -432,6 +432,28 @@ def test_table_equals_the_trace_and_sorts(tab: Page, demo: Traced) -> None:
     expect(rows.first.locator("td").nth(2)).to_have_text(_signed(max(logits)))
 
 
+def test_table_is_in_the_order_of_the_computation_and_shows_the_selection(
+    tab: Page, demo: Traced
+) -> None:
+    opened(tab, demo, "layers=3&view=table")
+    rows = tab.locator("table.nodes tbody tr")
+    last = f"{demo.trace.nodes_of('BLOCK_OUTPUT')[-1].id}"
+    expect(tab.locator(f'table.nodes tr[data-id="{last}"]')).to_be_attached()  # all rows are there
+    order = rows.evaluate_all("rows => rows.map(row => row.dataset.id)")
+    assert order[0] == "L3/p7/ATTENTION_INPUT"
+    sums = [f"L3/p7/{kind}" for kind in ("ATTENTION_OUTPUT", "RESIDUAL_MID", "MLP_OUTPUT")]
+    places = [order.index(node_id) for node_id in (VALUE, STRONGEST, *sums, last)]
+    assert places == sorted(places)
+    part = tab.locator('svg.why .parts [data-id^="L3/p7/HEAD_OUTPUT"]').first
+    selected = part.get_attribute("data-id")
+    part.click()  # between its name and its number
+    row = tab.locator("table.nodes tr.selected")
+    expect(row).to_have_attribute("data-id", selected or "")
+    assert row.get_attribute("aria-current") == "true"
+    tab.locator(".story [data-id]").first.click()
+    expect(tab.locator("table.nodes tr.selected")).to_be_in_viewport()
+
+
 def test_link_restores_the_view(tab: Page, demo: Traced) -> None:
     opened(tab, demo, f"sel={VALUE}&layers=2,3&min=5&theme=dark&path=1")
     assert tab.locator(".layer").count() == 2

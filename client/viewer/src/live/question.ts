@@ -100,7 +100,8 @@ export function titleOf(question: Question): string {
   const arrow = target && view !== 'generation' ? ` → ${target}` : ''
   const without = question.without ? `, without ${partName(question.without)}` : ''
   const on = view === 'effects' ? 'on' : 'of'
-  return `${name} ${on} “${promptOf(question)}”${arrow}${without}`
+  const model = question.model && ` (${question.model})`
+  return `${name} ${on} “${promptOf(question)}”${arrow}${without}${model}`
 }
 
 /** The question whose target is a token that the user clicked. */

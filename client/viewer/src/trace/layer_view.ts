@@ -1,30 +1,24 @@
 import { create } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
-import type { FlowGraph, GraphNode } from '../model/flow_graph'
+import type { FlowGraph } from '../model/flow_graph'
 import { type SelectionFlow, selectionFlow } from '../model/graph_queries'
-import { isFlipped, type Marks, shownToken } from '../presentation/colours'
-import { element, type Tooltip, tokenText } from '../presentation/elements'
+import type { Marks } from '../presentation/colours'
+import { element, type Tooltip } from '../presentation/elements'
 import type { Svg } from '../presentation/svg'
-import {
-  at as atPosition,
-  decimals,
-  measure,
-  nodeName,
-  percent,
-  probability,
-  signed,
-} from '../presentation/wording'
+import { at as atPosition } from '../presentation/wording'
 import { type Filter, filterOf, type TraceState } from './controls'
-import { partOf, preview } from './inspector'
+import { preview } from './inspector'
 import { drawDetail, markDetail } from './layer_drawing'
 import { detailLayout } from './layer_layout'
 import { layerModel } from './layer_model'
 import { type Chip, Detail } from './layer_pieces'
+import { NodeTable } from './node_table'
 
 /** The layers in detail, as pictures or as a table. */
 export class Details {
   readonly element = element('section', { class: 'details' })
   private readonly pictures = new Map<number, Picture>()
+  private readonly table: NodeTable
 
   constructor(
     private readonly graph: FlowGraph,
@@ -32,15 +26,14 @@ export class Details {
     private readonly tooltip: Tooltip,
     private readonly actions: Actions,
   ) {
-    this.element.addEventListener('click', (event) => {
-      const row = (event.target as Element).closest<HTMLElement>('table.nodes [data-id]')
-      if (row?.dataset.id) actions.select(row.dataset.id)
-    })
+    this.table = new NodeTable(graph, actions)
   }
 
   draw(width: number, position: number, marks: Marks, layers: readonly number[]): void {
     if (this.state.get('view') === 'table') {
-      this.element.replaceChildren(this.table(position, layers))
+      this.table.draw(position, layers, marks)
+      if (this.element.firstChild !== this.table.element)
+        this.element.replaceChildren(this.table.element)
       return
     }
     const filter = filterOf(this.state)
@@ -58,20 +51,11 @@ export class Details {
     }
   }
 
-  /** Scrolls to a node's chip if it is not visible. */
+  /** Scrolls to a node's chip or row if it is not visible. */
   reveal(id: string): void {
     const chip = this.element.querySelector(`svg.detail .chip[data-id="${CSS.escape(id)}"]`)
-    chip?.scrollIntoView({ block: 'nearest', inline: 'nearest' })
-  }
-
-  private table(position: number, layers: readonly number[]): HTMLElement {
-    const after = ({ kind }: GraphNode) => (kind === 'FINAL_NORM' || kind === 'PREDICTION' ? 1 : 0)
-    const nodes = [...this.graph.nodes.values()]
-      .filter((node) => node.position === position && layers.includes(this.graph.layerOf(node)))
-      .sort((a, b) => after(a) - after(b) || this.graph.layerOf(a) - this.graph.layerOf(b))
-    const title = `Nodes of layer ${layers.join(', ')} at ${atPosition(position, this.graph.prompt)}`
-    const scroller = element('div', { class: 'scroller' }, nodeTable(nodes, this.graph))
-    return element('div', {}, element('h2', {}, title), scroller)
+    if (chip) chip.scrollIntoView({ block: 'nearest', inline: 'nearest' })
+    else this.table.reveal(id)
   }
 
   private picture(layer: number): Picture {
@@ -185,110 +169,4 @@ export class Picture {
 
 function notTraced(position: number): string {
   return `Heads and neurons of this position are not in this trace. To see them, trace with --positions ${position}.`
-}
-
-// The table of the same nodes as in the picture, for sorting, copying and screen readers.
-
-interface Column {
-  name: string
-  /** The sort key; undefined sorts last. */
-  key: (node: GraphNode, graph: FlowGraph) => number | string | undefined
-  show: (node: GraphNode, graph: FlowGraph) => Node | string
-}
-
-const shareOf = (node: GraphNode, graph: FlowGraph) => partOf(node, graph)?.share
-const logitOf = (node: GraphNode, graph: FlowGraph) => partOf(node, graph)?.logitContribution
-
-const COLUMNS: Column[] = [
-  { name: 'node', key: (n, g) => nodeName(n, g.prompt), show: (n, g) => nodeName(n, g.prompt) },
-  {
-    name: 'token',
-    key: (n) => shownToken(n, isFlipped(n))?.token.label,
-    show: (n) => tokenText(shownToken(n, isFlipped(n))?.token.label ?? ''),
-  },
-  numeric('share', shareOf, percent),
-  numeric('logit', logitOf, (v) => signed(v)),
-  numeric(
-    'attention',
-    (n, g) => partOf(n, g)?.attention,
-    (v) => decimals(v, 3),
-  ),
-  numeric('rank', (n) => n.reading?.targetRank, String),
-  numeric('probability', (n) => n.reading?.targetProbability, probability),
-  numeric('activation', (n) => n.activation, measure),
-  numeric('norm', (n) => n.norm, measure),
-  numeric('entropy', (n) => n.reading?.entropyBits, measure),
-]
-
-function numeric(
-  name: string,
-  key: (node: GraphNode, graph: FlowGraph) => number | undefined,
-  format: (value: number) => string,
-): Column {
-  const show = (node: GraphNode, graph: FlowGraph) => {
-    const value = key(node, graph)
-    return value === undefined ? '' : format(value)
-  }
-  return { name, key, show }
-}
-
-/** A table of nodes; clicking a row selects it, clicking a heading sorts. */
-export function nodeTable(nodes: readonly GraphNode[], graph: FlowGraph): HTMLElement {
-  const body = element('tbody')
-  const fill = (sorted: readonly GraphNode[]) => fillRows(body, sorted, graph)
-  let by: Column | undefined
-  let down = true
-  const headings = COLUMNS.map((column) => {
-    const sort = element('button', { type: 'button' }, column.name)
-    const heading = element('th', { scope: 'col', 'aria-sort': 'none' }, sort)
-    sort.addEventListener('click', () => {
-      down = by === column ? !down : true
-      by = column
-      for (const other of headings) other.setAttribute('aria-sort', 'none')
-      heading.setAttribute('aria-sort', down ? 'descending' : 'ascending')
-      fill([...nodes].sort((a, b) => compared(column.key(a, graph), column.key(b, graph), down)))
-    })
-    return heading
-  })
-  fill(nodes)
-  const head = element('thead', {}, element('tr', {}, ...headings))
-  return element('table', { class: 'nodes' }, head, body)
-}
-
-const AT_ONCE = 40 // rows; the rest are added later, below the visible part
-
-function fillRows(body: HTMLElement, nodes: readonly GraphNode[], graph: FlowGraph): void {
-  const rows = nodes.slice(0, AT_ONCE).map((node) => tableRow(node, graph))
-  body.replaceChildren(...rows)
-  setTimeout(() => {
-    if (rows[0]?.parentNode !== body) return // sorted again in the meantime
-    body.append(...nodes.slice(AT_ONCE).map((node) => tableRow(node, graph)))
-  }, 30)
-}
-
-function compared(
-  a: number | string | undefined,
-  b: number | string | undefined,
-  down: boolean,
-): number {
-  if (a === undefined || b === undefined) return a === b ? 0 : a === undefined ? 1 : -1
-  const order = a < b ? -1 : a > b ? 1 : 0
-  return down ? -order : order
-}
-
-function tableRow(node: GraphNode, graph: FlowGraph): HTMLElement {
-  const cells = COLUMNS.map((column, i) =>
-    i === 0
-      ? element(
-          'th',
-          { scope: 'row' },
-          element(
-            'button',
-            { type: 'button', class: 'node-link', 'data-id': node.id },
-            column.show(node, graph),
-          ),
-        )
-      : element('td', {}, column.show(node, graph)),
-  )
-  return element('tr', { 'data-id': node.id }, ...cells)
 }

@@ -25,7 +25,7 @@ const TOP = 30
 const AXIS = 38
 
 const WIDEST_HEAD = 150
-const LOWEST_PITCH = 12 // px; row labels do not overlap
+const LOWEST_PITCH = 16 // px; row labels do not overlap, and a token has room
 const LOWEST_CELL = 17 // px; a label and its descenders
 const SMALLEST = 264 // px of a matrix with few layers
 const LEGENDS = 54 // px below the matrix

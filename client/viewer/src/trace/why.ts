@@ -174,6 +174,7 @@ function drawParts(group: Group, { rows, columns }: WhyLayout, figure: string): 
     .data(rows)
     .join((enter) => {
       const row = enter.append('g').attr('role', 'listitem').attr('tabindex', -1)
+      row.append('path').attr('class', 'hit')
       row.append('rect').attr('rx', 5).attr('height', CHIP)
       row.append('text').attr('class', 'name strong')
       row.append('text').attr('class', 'top')
@@ -191,6 +192,7 @@ function drawParts(group: Group, { rows, columns }: WhyLayout, figure: string): 
       const own = select(this)
       const shown = row.rest || columns.chipWidth === 0 ? undefined : shownToken(row.node)
       const top = shown?.token.label ?? ''
+      own.select('.hit').attr('d', `M${columns.name},0H${columns.number}V${CHIP}H${columns.name}z`)
       own.select('rect').attr('x', columns.chip).attr('width', columns.chipWidth)
       own.select('rect').attr('visibility', top ? null : 'hidden')
       own
