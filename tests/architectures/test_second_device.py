@@ -8,6 +8,7 @@ GPU. It says nothing about a GPU's own arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from januslens_server import transfer
 from januslens_server.errors import never_cancelled
 from januslens_server.graph import weighted_rows
 from januslens_server.lens.unembedding import Product
+from januslens_server.models import lora
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.find_neurons import find_neurons
@@ -66,6 +68,7 @@ from tests.architectures.test_interventions import OTHER_PROMPT
 from tests.architectures.test_levels import QWEN3_NEXT
 from tests.architectures.test_mixer_heads import KIMI
 from tests.architectures.tiny_models import resident
+from tests.loading.test_lora import pairs_of, write
 from tests.loading.test_split import assert_same_figures
 from tests.support.second_device import MixedDevices, Record, moved, second_device
 
@@ -140,12 +143,19 @@ def results(events: Iterable[Any]) -> list[Any]:
 
 
 def both(case: Case, resolve: Any, run: Any, spec: Any, record: Record) -> list[Any]:
-    """Run a request on both devices and compare; return the events of the second device.
+    """Run a request on both devices and compare; return the events of the second device."""
+    return compared(on_device(case), resident(case), resolve, run, spec, record)
+
+
+def compared(
+    here: ResidentModel, there: ResidentModel, resolve: Any, run: Any, spec: Any, record: Record
+) -> list[Any]:
+    """Run a request on a model of the second device and on one of the CPU, and compare.
 
     Steps without a result are left out: an index of neurons that exists already needs none.
     """
-    expected = results(run(resolve(resident(case), spec), never_cancelled))
-    request = resolve(on_device(case), spec)
+    expected = results(run(resolve(there, spec), never_cancelled))
+    request = resolve(here, spec)
     record.clear()
     found = results(run(request, never_cancelled))
     assert len(found) == len(expected)
@@ -279,6 +289,21 @@ def test_other_requests_are_the_same(record: Record) -> None:
     both(LLAMA, resolve_activations, activations, ActivationsSpec(ids, (Site.QUERY,)), record)
     found = FindNeuronsSpec((5,), suppressed=False, layers=(), start=0, count=5)
     both(LLAMA, resolve_find_neurons, find_neurons, found, record)
+
+
+def test_a_lora_over_a_base_on_the_device_is_the_same(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "available", lambda *_: 2**30)  # torch asks a real GPU
+    folder = write(tmp_path / "lora", pairs_of(LLAMA))
+    here, there = (
+        lora.load_lora("tuned", folder, base) for base in (on_device(LLAMA), resident(LLAMA))
+    )
+    ids, nll = tuple(LLAMA.prompt), NegativeLogLikelihood((5, 7))
+    lists = LensSpec(0, 0)  # those of vectors near 0 depend on rounding
+    compared(here, there, resolve_trace, trace, TraceSpec(ids), record)
+    gradient = GradientLensSpec(ids, nll, lens=lists, verify=True)
+    compared(here, there, resolve_gradient_lens, gradient_lens, gradient, record)
 
 
 def test_bfloat16_is_projected_without_a_copy_of_the_unembedding() -> None:
