@@ -56,6 +56,24 @@ GEMMA4 = {
         },
     },
 }
+DELTA_NETS = {
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_value_head_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
 EXPERTS = FEW_EXPERTS | {"moe_intermediate_size": 32}
 CASES = {
     "gpt2": Case("gpt2", "gguf", {"n_inner": 64, "tie_word_embeddings": True}),
@@ -165,6 +183,12 @@ CASES = {
         | GRANITE_MULTIPLIERS
         | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "qwen35": Case("qwen3_5_text", "gguf", DELTA_NETS | {"tie_word_embeddings": True}),
+    "qwen35moe": Case(
+        "qwen3_5_moe_text",
+        "gguf",
+        DELTA_NETS | EXPERTS | {"intermediate_size": None, "shared_expert_intermediate_size": 96},
+    ),
     "smollm3": Case(
         "smollm3",
         "gguf",
@@ -226,8 +250,10 @@ def settings_of(family: str, case: Case) -> Settings:
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "attention.head_count": config.num_attention_heads,
-        "feed_forward_length": config.n_inner if family == "gpt2" else config.intermediate_size,
     }
+    width = config.n_inner if family == "gpt2" else getattr(config, "intermediate_size", None)
+    if width is not None:  # Qwen 3.5's mixtures have experts only
+        found["feed_forward_length"] = width
     return found | SETTINGS.get(family, decoder_settings)(config)
 
 
@@ -366,6 +392,38 @@ def qwen2moe_settings(config: Any) -> Settings:
     }
 
 
+def qwen35_settings(config: Any) -> Settings:
+    """Attention in every fourth layer, and a block behind the last layer."""
+    rotary = config.rope_parameters
+    n_heads = config.linear_num_value_heads
+    return {
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "block_count": config.num_hidden_layers + 1,
+        "full_attention_interval": 4,
+        "nextn_predict_layers": 1,
+        "rope.dimension_count": int(config.head_dim * rotary["partial_rotary_factor"]),
+        "rope.dimension_sections": [*rotary["mrope_section"], 0],
+        "rope.freq_base": rotary["rope_theta"],
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.inner_size": config.linear_value_head_dim * n_heads,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.time_step_rank": n_heads,
+    }
+
+
+def qwen35moe_settings(config: Any) -> Settings:
+    return qwen35_settings(config) | {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+    }
+
+
 def qwen3moe_settings(config: Any) -> Settings:
     return decoder_settings(config) | {"expert_feed_forward_length": config.moe_intermediate_size}
 
@@ -384,6 +442,8 @@ SETTINGS: dict[str, Callable[[Any], Settings]] = {
     "lfm2": lfm2_settings,
     "phi3": windowed_settings,
     "qwen2moe": qwen2moe_settings,
+    "qwen35": qwen35_settings,
+    "qwen35moe": qwen35moe_settings,
     "qwen3moe": qwen3moe_settings,
     "starcoder2": lambda config: (
         decoder_settings(config) | {"attention.layer_norm_epsilon": config.norm_epsilon}
@@ -404,6 +464,9 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
         for known, stored in convert(parameter, values, network.config):
             name = known if known.startswith("blk.") else renamed(known, names)
             written[name] = np.ascontiguousarray(stored.numpy())
+    if family.startswith("qwen35"):  # of the head that predicts one token more
+        n_layers = network.config.num_hidden_layers
+        written[f"blk.{n_layers}.nextn.eh_proj.weight"] = np.ones((2, 32), np.float32)
     if family == "gemma4":
         written["rope_freqs.weight"] = np.array([1, 1, *[1e30] * 6], np.float32)
     if case.name == "gguf, 3":
@@ -505,6 +568,32 @@ def deepseek2_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stor
         yield from unstacked(parameter, values, config)
 
 
+def qwen35_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stored:
+    """Order value heads by their places beside key heads, and change norms and decays."""
+    n_keys, width = config.linear_num_key_heads, config.linear_value_head_dim
+    n_beside = config.linear_num_value_heads // n_keys
+    order = [key * n_beside + i for i in range(n_beside) for key in range(n_keys)]
+    rows = [head * width + j for head in order for j in range(width)]
+    fixed = 2 * n_keys * config.linear_key_head_dim
+    name = parameter.rpartition(".linear_attn.")[2]
+    if name == "A_log":
+        yield f"{block_of(parameter)}.ssm_a", -torch.exp(values)[order]
+    elif name == "dt_bias":
+        yield f"{block_of(parameter)}.ssm_dt.bias", values[order]
+    elif name in {"in_proj_a.weight", "in_proj_b.weight"}:
+        yield parameter, values[order]
+    elif name == "in_proj_z.weight":
+        yield parameter, values[rows]
+    elif name in {"in_proj_qkv.weight", "conv1d.weight"}:
+        yield parameter, torch.cat([values[:fixed], values[fixed:][rows]]).squeeze(1)
+    elif name == "out_proj.weight":
+        yield parameter, values[:, rows]
+    elif name.endswith("norm.weight") and ".linear_attn." not in parameter:
+        yield parameter, values + 1
+    else:
+        yield from unstacked(parameter, values, config)
+
+
 CONVERSIONS: dict[str, Callable[[str, torch.Tensor, Any], Stored]] = {
     "deepseek2": deepseek2_tensors,
     "gemma": gemma_tensors,
@@ -517,6 +606,8 @@ CONVERSIONS: dict[str, Callable[[str, torch.Tensor, Any], Stored]] = {
     "granitemoe": granitemoe_tensors,
     "lfm2": lfm2_tensors,
     "llama": rotated,
+    "qwen35": qwen35_tensors,
+    "qwen35moe": qwen35_tensors,
     "smollm3": rotated,
 }
 
@@ -543,7 +634,7 @@ def write(
     family = ARCHITECTURES.get(family, family)
     writer = gguf.GGUFWriter(path, family)
     for key, value in (settings_of(family, case) | (settings or {})).items():
-        add(writer, f"{family}.{key}", value)
+        add(writer, key if key.startswith("split.") else f"{family}.{key}", value)
     for key, value in (BYTE_LEVEL | (tokenizer or {})).items():
         add(writer, f"tokenizer.ggml.{key}", value)
     for name, array in (tensors_of(family, case) | (further or {})).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, GemmaTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from januslens_server.errors import ModelFailed
+from januslens_server.models.gguf_families import FAMILIES
 from januslens_server.models.gguf_file import read_header
 from januslens_server.models.gguf_tokenizer import SPLITS, read_gguf_vocabulary
 from januslens_server.models.loader import ModelSource, load
@@ -59,7 +61,7 @@ def test_weights_and_logits_equal_those_of_the_written_model(family: str, tmp_pa
     assert model.end_ids == {1}
 
 
-@pytest.mark.parametrize("family", ["lfm2"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen35", "qwen35moe"])
 def test_transformers_reads_the_same_model_from_the_file(family: str, tmp_path: Path) -> None:
     """Its reader of GGUF files has names, permutations and settings of its own."""
     path = write(tmp_path / "tiny.gguf", family)
@@ -266,6 +268,7 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
         ({"settings": {"expert_count": 4}}, "lacks the settings expert_used_count"),
         ({"settings": {"expert_weights_scale": 2.0}}, "not read: expert_weights_scale"),
         ({"settings": {"rope.dimension_count": 4}}, "attention.key_length 8, but"),
+        ({"settings": {"split.count": 3}}, "Join them: llama-gguf-split --merge FIRST_PART.gguf"),
         ({"settings": {"block_count": 10**9}}, "num_hidden_layers is too large"),
         ({"settings": {"attention.head_count": "4"}}, "expected a whole number"),
         (
@@ -302,6 +305,11 @@ def test_what_would_not_be_exact_is_refused(
         ("gemma4", {"attention.value_length": 8}, "has several values of attention.key_length, at"),
         ("gemma4", {"rope.freq_base_swa": "x"}, "invalid setting rope.freq_base_swa 'x'"),
         ("gemma4", {"block_count": 10**6}, "tensors for 1000000 layers; expected more"),
+        ("qwen35", {"nextn_predict_layers": 5}, "invalid setting block_count 5; expected a whole"),
+        ("qwen35", {"block_count": 10**6}, "tensors for 999999 layers; expected more"),
+        ("qwen35", {"ssm.inner_size": 25}, "has 6 heads in 25 dimensions"),
+        ("qwen35", {"rope.dimension_sections": [2, 2, 2]}, "sections [2, 2, 2] for 8 of 16 dimens"),
+        ("qwen35", {"full_attention_interval": 0}, "invalid setting full_attention_interval 0"),
         ("deepseek2", {"expert_gating_func": 1}, "router is not DeepSeek V3's"),
         ("deepseek2", {"attention.head_count_kv": 4}, "has [4, 16, 12] heads and widths of latent"),
         (
@@ -364,6 +372,13 @@ def test_a_damaged_header_is_refused_before_memory_is_allocated(
     content = write(tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "damaged.gguf").write_bytes(change(content))
     assert reason in refusal(tmp_path / "damaged.gguf")
+
+
+def test_the_documentation_names_what_is_read() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    section = text.partition("### GGUF files")[2].partition("### LoRA")[0]
+    named = set(re.findall(r"`([\w.-]+)`", section))
+    assert FAMILIES.keys() | SPLITS.keys() <= named
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -39,10 +39,14 @@ ATTRIBUTES = {
 REQUIRED = {"block_count", "context_length", "embedding_length", "attention.head_count"}
 EPSILON = "attention.layer_norm_rms_epsilon"
 
+# The base of rotary embeddings in files without rope.freq_base, as in llama.cpp.
+DEFAULT_BASE = 1e4
 # Scalings of rotary embeddings: a division of all positions, and YaRN's.
 LINEAR, YARN = "linear", "yarn"
 # What frequencies are divided by. Values in it, half of a head's dimensions.
 FREQUENCIES, MAX_FREQUENCIES = "rope_freqs.weight", 4096
+# The number of layers behind the model's that predict further tokens; they are not read.
+FURTHER = "nextn_predict_layers"
 # A divisor of what is not rotated.
 NOT_ROTATED = 1e29
 
@@ -257,18 +261,41 @@ _GEMMA4 = frozenset(
 def _gemma4(header: GGUFHeader, own: Settings, _described: Mapping[str, Any]) -> dict[str, Any]:
     """Gemma 4's layers with a window have other heads, rotations and widths than those without."""
     local = by_layer(*_stated(own, "attention.sliding_window_pattern"), header, flag)
+    n_shared = number(*_stated(own, "attention.shared_kv_layers"), least=0)
+    separate = {
+        f"blk.{i}.attn_v.weight" in header.tensors
+        for i, has_window in enumerate(local[: len(local) - n_shared])
+        if not has_window
+    }
+    token_rows = header.tensors.get("per_layer_token_embd.weight")
+    return {
+        "layer_types": ["sliding_attention" if yes else "full_attention" for yes in local],
+        "num_kv_shared_layers": n_shared,
+        "hidden_size_per_layer_input": number(
+            *_stated(own, "embedding_length_per_layer_input"), least=0
+        ),
+        "vocab_size_per_layer_input": 1 if token_rows is None else token_rows.shape[-1],
+        "attention_k_eq_v": separate == {False},
+        "enable_moe_block": "gemma4.expert_count" in header.metadata,
+        **_gemma4_widths(header, own, local, n_shared),
+        **_gemma4_rotation(header, own),
+    }
+
+
+def _gemma4_widths(
+    header: GGUFHeader, own: Settings, local: Sequence[bool], n_shared: int
+) -> dict[str, Any]:
+    """Return numbers of heads and neurons. Layers that share keys may have twice the neurons."""
     heads = by_layer(*_stated(own, "attention.head_count_kv"), header, number)
     widths = by_layer(*_stated(own, "feed_forward_length"), header, number)
-    n_shared = number(*_stated(own, "attention.shared_kv_layers"), least=0)
-    per_layer = number(*_stated(own, "embedding_length_per_layer_input"), least=0)
-    first_shared = len(local) - n_shared
     global_heads = {count for count, has_window in zip(heads, local, strict=True) if not has_window}
     local_heads = {count for count, has_window in zip(heads, local, strict=True) if has_window}
-    width, shared_widths = widths[0], set(widths[first_shared:])
+    width, n_own = widths[0], len(widths) - n_shared
+    shared_widths = set(widths[n_own:])
     regular = (
-        first_shared > 0
+        n_own > 0
         and len(global_heads) == len(local_heads) == 1
-        and set(widths[:first_shared]) == {width}
+        and set(widths[:n_own]) == {width}
         and shared_widths in (set(), {width}, {2 * width})
     )
     if not regular:
@@ -276,6 +303,16 @@ def _gemma4(header: GGUFHeader, own: Settings, _described: Mapping[str, Any]) ->
             "the file has other numbers of heads or neurons in its layers than transformers' "
             f"gemma4; {ADVICE}"
         )
+    return {
+        "num_key_value_heads": local_heads.pop(),
+        "num_global_key_value_heads": global_heads.pop(),
+        "intermediate_size": width,
+        "use_double_wide_mlp": shared_widths == {2 * width},
+    }
+
+
+def _gemma4_rotation(header: GGUFHeader, own: Settings) -> dict[str, Any]:
+    """Return the heads' widths and rotations; layers without a window rotate a part of a head."""
     sizes = {}
     for suffix in ("", "_swa"):
         keys = [f"attention.{part}_length{suffix}" for part in ("key", "value")]
@@ -290,32 +327,18 @@ def _gemma4(header: GGUFHeader, own: Settings, _described: Mapping[str, Any]) ->
     n_rotated = int((divisors == 1).sum())
     if not (divisors[:n_rotated] == 1).all() or (divisors[n_rotated:] < NOT_ROTATED).any():
         raise ModelFailed(f"the file has {FREQUENCIES} with divisors that are not read; {ADVICE}")
-    separate = {
-        f"blk.{i}.attn_v.weight" in header.tensors for i in range(first_shared) if not local[i]
-    }
-    found_rows = header.tensors.get("per_layer_token_embd.weight")
+    base, local_base = (
+        real(key, own.get(key, DEFAULT_BASE)) for key in ("rope.freq_base", "rope.freq_base_swa")
+    )
     return {
-        "layer_types": ["sliding_attention" if yes else "full_attention" for yes in local],
-        "num_key_value_heads": local_heads.pop(),
-        "num_global_key_value_heads": global_heads.pop(),
-        "intermediate_size": width,
-        "use_double_wide_mlp": shared_widths == {2 * width},
-        "num_kv_shared_layers": n_shared,
-        "hidden_size_per_layer_input": per_layer,
-        "vocab_size_per_layer_input": 1 if found_rows is None else found_rows.shape[-1],
         "head_dim": sizes["_swa"],
         "global_head_dim": sizes[""],
-        "attention_k_eq_v": separate == {False},
-        "enable_moe_block": "gemma4.expert_count" in header.metadata,
         "rope_parameters": {
-            "sliding_attention": {
-                "rope_type": "default",
-                "rope_theta": real(*_stated(own, "rope.freq_base_swa")),
-            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
             "full_attention": {
                 "rope_type": "proportional",
                 "partial_rotary_factor": n_rotated / len(divisors),
-                "rope_theta": real(*_stated(own, "rope.freq_base")),
+                "rope_theta": base,
             },
         },
     }
@@ -419,6 +442,98 @@ _GRANITE = {
     "logit_scale": "logits_scaling",
     "residual_scale": "residual_multiplier",
 }
+_DELTA_NET = {
+    "attention.key_length": "head_dim",
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.time_step_rank": "linear_num_value_heads",
+}
+_DELTA_NET_OWN = frozenset(
+    {
+        "block_count",
+        "full_attention_interval",
+        "rope.dimension_count",
+        "rope.dimension_sections",
+        "rope.freq_base",
+        "ssm.inner_size",
+    }
+)
+
+
+def _qwen35(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen 3.5 has attention in every fourth layer, and gated delta networks in the others.
+
+    Its sections of the rotation are for images; all positions of texts are the same in each.
+    """
+    n_further = number(FURTHER, own.get(FURTHER, 0), least=0)
+    n_layers = number("block_count", own["block_count"], least=n_further + 1) - n_further
+    interval = number(*_stated(own, "full_attention_interval"))
+    if n_layers > len(header.tensors):
+        raise ModelFailed(
+            f"the file has {len(header.tensors)} tensors for {n_layers} layers; expected more"
+        )
+    n_heads, width = described["linear_num_value_heads"], described["head_dim"]
+    inner = number(*_stated(own, "ssm.inner_size"))
+    rotated = number(*_stated(own, "rope.dimension_count"))
+    sections = own["rope.dimension_sections"]
+    if inner % n_heads or n_heads % described["linear_num_key_heads"]:
+        raise ModelFailed(
+            f"the file has {n_heads} heads in {inner} dimensions and "
+            f"{described['linear_num_key_heads']} heads of keys; expected multiples"
+        )
+    if not isinstance(sections, list) or not all(type(n) is int and n >= 0 for n in sections):
+        raise ModelFailed(f"invalid setting rope.dimension_sections {sections!r:.80}")
+    if 2 * sum(sections) != rotated or rotated > width:
+        raise ModelFailed(
+            f"the file has rope.dimension_sections {sections!r:.80} for {rotated} of {width} "
+            "dimensions; expected half as many in all"
+        )
+    return {
+        "num_hidden_layers": n_layers,
+        "layer_types": [
+            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
+        ],
+        "linear_value_head_dim": inner // n_heads,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": real(*_stated(own, "rope.freq_base")),
+            "partial_rotary_factor": rotated / width,
+            "mrope_section": [size for size in sections if size],
+            "mrope_interleaved": True,
+        },
+    }
+
+
+def _delta_nets(parameter: str, parts: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
+    """Undo what conversions do to Qwen 3.5's norms and delta networks.
+
+    Value heads are stored by their place beside a key head, and in the model by key head. The decay
+    is stored as `-exp(A_log)`, and norms with the 1 that the model adds, except those of heads.
+    """
+    _, is_delta_net, name = parameter.rpartition(".linear_attn.")
+    if not is_delta_net:
+        return _norms_less_one(parameter, parts, config)
+    values = joined(parameter, parts, config)
+    n_keys = config.linear_num_key_heads
+    n_beside = config.linear_num_value_heads // n_keys
+    fixed = 2 * n_keys * config.linear_key_head_dim  # rows of queries and keys, before the values
+
+    def by_key_head(rows: torch.Tensor) -> torch.Tensor:
+        heads = rows.reshape(n_beside, n_keys, -1, *rows.shape[1:])
+        return heads.transpose(0, 1).reshape(rows.shape)
+
+    if name == "A_log":
+        values = by_key_head(torch.log(-values))
+    elif name in {"dt_bias", "in_proj_a.weight", "in_proj_b.weight", "in_proj_z.weight"}:
+        values = by_key_head(values)
+    elif name in {"in_proj_qkv.weight", "conv1d.weight"}:
+        values = torch.cat([values[:fixed], by_key_head(values[fixed:])])
+    elif name == "out_proj.weight":
+        values = by_key_head(values.T).T.contiguous()
+    return values
+
+
 _LAYER_NORM = "attention.layer_norm_epsilon"
 
 FAMILIES: Mapping[str, Family] = {
@@ -448,7 +563,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma4": Family(
         "gemma4_text",
         attributes=_EXPERTS | {"expert_used_count": "top_k_experts"},
-        required=_GEMMA4 | {"attention.sliding_window"},
+        required=_GEMMA4 - {"rope.freq_base_swa"} | {"attention.sliding_window"},
         own=_GEMMA4,
         describe=_gemma4,
         scalings=(),
@@ -503,6 +618,31 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3": Family("qwen3"),
     "qwen3moe": Family("qwen3_moe", attributes=_EXPERTS, common={"norm_topk_prob": True}),
+    "qwen35": Family(
+        "qwen3_5_text",
+        attributes=_DELTA_NET,
+        required=_DELTA_NET_OWN | _DELTA_NET.keys(),
+        own=_DELTA_NET_OWN | {FURTHER},
+        describe=_qwen35,
+        scalings=(),
+        stored={".linear_attn.A_log": "ssm_a", ".linear_attn.dt_bias": "ssm_dt.bias"},
+        restore=_delta_nets,
+    ),
+    "qwen35moe": Family(
+        "qwen3_5_moe_text",
+        attributes=_DELTA_NET
+        | _EXPERTS
+        | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        required=_DELTA_NET_OWN
+        | _DELTA_NET.keys()
+        | _EXPERTS.keys()
+        | {"expert_shared_feed_forward_length"},
+        own=_DELTA_NET_OWN | {FURTHER},
+        describe=_qwen35,
+        scalings=(),
+        stored={".linear_attn.A_log": "ssm_a", ".linear_attn.dt_bias": "ssm_dt.bias"},
+        restore=_delta_nets,
+    ),
     "smollm3": Family("smollm3", restore=_halves),
     "starcoder2": Family(
         "starcoder2",

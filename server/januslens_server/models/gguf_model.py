@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from januslens_server.errors import ModelFailed, shortlist
 from januslens_server.models.gguf_families import (
     ATTRIBUTES,
+    DEFAULT_BASE,
     FAMILIES,
     FREQUENCIES,
+    FURTHER,
     LINEAR,
     REQUIRED,
     YARN,
@@ -67,7 +69,6 @@ LLAMA_3: Mapping[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-DEFAULT_BASE = 1e4  # of rotary embeddings in files without rope.freq_base, as in llama.cpp
 UNEMBEDDING = "output.weight"
 LAYER = re.compile(r"(?<=\.)(\d+)\.")
 TOLERANCE = 1e-6
@@ -111,6 +112,11 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
 
 
 def _family(header: GGUFHeader) -> Family:
+    if header.metadata.get("split.count", 1) != 1:
+        raise ModelFailed(
+            "the file is one of several parts; expected the whole model. Join them: "
+            "llama-gguf-split --merge FIRST_PART.gguf FILE.gguf (from llama.cpp)"
+        )
     if header.architecture not in FAMILIES:
         raise ModelFailed(
             f"GGUF files of architecture {header.architecture!r:.80} are not read; expected one of "
@@ -254,10 +260,12 @@ def read_weights(
     Raises:
         ModelFailed: The file has tensors that are no parameters of the model, or of another size.
     """
-    family, config = FAMILIES[header.architecture], skeleton.config
+    family, config = FAMILIES[header.architecture], cast("Any", skeleton.config)
     described = skeleton.state_dict()
     sources = _sources(header, family, described, config)
     read = {name for found in sources.values() for name in found}
+    if f"{header.architecture}.{FURTHER}" in header.metadata:
+        read |= {name for name in header.tensors if _layer(name) >= config.num_hidden_layers}
     if unused := sorted(header.tensors.keys() - read - {FREQUENCIES}):
         raise ModelFailed(f"the file has tensors that are not read: {shortlist(unused)}; {ADVICE}")
     weights: dict[str, torch.Tensor] = {}
@@ -276,6 +284,12 @@ def read_weights(
             values = values.reshape(expected)  # conversions drop sizes of 1
         weights[parameter] = values.to(data_type)
     return weights
+
+
+def _layer(name: str) -> int:
+    """The layer of a stored tensor; -1 for one of no layer."""
+    found = LAYER.search(name)
+    return int(found[1]) if found else -1
 
 
 def _without_ones(shape: torch.Size) -> list[int]:
