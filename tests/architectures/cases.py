@@ -387,6 +387,19 @@ WITHOUT_ADAPTER = tuple(
         ),
         ("mbart", DECODER_ALONE),
         (
+            "mimo_v2_flash",  # values are narrower than keys, and multiplied by a number
+            BESIDE_FULL
+            | {
+                "v_head_dim": 6,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "routed_scaling_factor": 2.5,
+                "mlp_layer_types": ["dense", "sparse"],
+                "attention_bias": True,
+            },
+        ),
+        (
             "minimax_m2",
             {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         ),

@@ -101,10 +101,10 @@ def test_interventions_that_change_nothing_leave_every_bit(case: Case) -> None:
 
 
 def writable_places(case: Case) -> list[tuple[Site, tuple[int, ...]]]:
-    """The sites of `writable` in all layers; NEURONS layer by layer, as their shapes differ."""
+    """The sites of `writable` in all layers, or layer by layer where their shapes may differ."""
     places: list[tuple[Site, tuple[int, ...]]] = []
     for site in writable(case):
-        if site is Site.NEURONS:
+        if site in {Site.KEY, Site.VALUE, Site.NEURONS}:
             places += [(site, (layer,)) for layer in resident(case).view.known]
         else:
             places.append((site, ()))

@@ -105,7 +105,7 @@ MISTAKES: dict[str, tuple[str, Change, str]] = {
     "no clipped queries": ("mpt-clipped", in_attention(without_maps), "pull-backs"),
     "no clipped values": (
         "mpt-clipped",
-        in_attention(lambda own: replace(own, value_clip=None)),
+        in_attention(lambda own: replace(own, value_map=HeadMap())),
         "sums",
     ),
     "keys for values": ("phi3-grouped, window", in_attention(keys_for_values), "attention"),

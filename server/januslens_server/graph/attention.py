@@ -82,8 +82,8 @@ class HeadRow:
     @cached_property
     def values(self) -> torch.Tensor:
         """Values of the sources `[n_heads, sources, d_head]`, times the gate at `position`."""
-        values, clip = self.acts.value[self._sources].float(), self.weights.value_clip
-        values = _by_head(values if clip is None else values.clamp(-clip, clip), self._group)
+        mapped = self.weights.value_map(self.acts.value[self._sources].float())
+        values = _by_head(mapped, self._group)
         if self.acts.gate is None:
             return values
         return values * self.acts.gate[self.acts.row(self.position)][:, None]

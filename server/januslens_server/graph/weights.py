@@ -336,7 +336,7 @@ class AttentionWeights:
     scoring: Scoring
     query_map: HeadMap
     key_map: HeadMap
-    value_clip: float | None
+    value_map: HeadMap
     finish: Finish | None
 
 

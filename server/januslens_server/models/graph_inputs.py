@@ -57,7 +57,7 @@ def _attention_weights(attention: Attention) -> AttentionWeights:
         scoring=attention.scoring,
         query_map=attention.query_map,
         key_map=attention.key_map,
-        value_clip=attention.value_clip,
+        value_map=attention.value_map,
         finish=attention.finish,
     )
 

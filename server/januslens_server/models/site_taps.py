@@ -79,9 +79,12 @@ def _attention_taps(attention: Attention, residual: tuple[int, ...]) -> dict[Sit
         Site.VALUE: SiteTap(
             attention.value_norm or attention.value.output,
             _heads(attention, attention.value),
-            attention.value_clip,
+            attention.value_map.clip,
+            attention.value_map.multiplier,
         ),
-        Site.HEAD_RESULT: SiteTap(attention.output.input, _heads(attention, attention.query)),
+        Site.HEAD_RESULT: SiteTap(
+            attention.output.input, (attention.n_heads, attention.output.d_in // attention.n_heads)
+        ),
         Site.ATTENTION_OUTPUT: _added(
             attention.output.output, attention.finish, attention.added, residual
         ),
@@ -132,9 +135,8 @@ def _query_or_key(attention: Attention, linear: Linear) -> SiteTap:
 
 def _heads(attention: Attention, linear: Linear) -> tuple[int, int]:
     """Return the number of heads and their width for a linear map of attention."""
-    width = attention.output.d_in // attention.n_heads
     heads = attention.n_heads if linear is attention.query else attention.n_kv_heads
-    return heads, width
+    return heads, linear.d_out // heads
 
 
 def _added(

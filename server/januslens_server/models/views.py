@@ -124,7 +124,7 @@ class Attention:
     `rotation` returns the rotary matrices for a prompt's length. `query_map` and `key_map` are
     applied between the linear maps and the rotation; `query_norm` and `key_norm` are the taps of
     their norms' outputs, `value_norm` that of a norm of each head's values (Gemma 4), whose input
-    may be the keys' map. Values are clipped to `value_clip`. `finish` is applied to the result
+    may be the keys' map. `value_map` is applied to values. `finish` is applied to the result
     before it is added to the residual; `added` is the tap of a post-norm's output. A `gate`
     multiplies what the heads pass to `output`. With `latent` vectors, queries, keys and values are
     computed from those. `chosen` is the tap of the sources `[batch, pos, k]` that an indexer chose
@@ -145,7 +145,7 @@ class Attention:
     query_norm: Tap | None = None
     key_norm: Tap | None = None
     value_norm: Tap | None = None
-    value_clip: float | None = None
+    value_map: HeadMap = field(default_factory=HeadMap)
     gate: AttentionGate | None = None
     latent: LatentAttention | None = None
     chosen: Tap | None = None

@@ -147,7 +147,7 @@ def _mpt_block(module: Any, scoring: Scoring) -> Block:
         scoring=scoring,
         query_map=HeadMap(clip=clip),
         key_map=HeadMap(clip=clip),
-        value_clip=clip,
+        value_map=HeadMap(clip=clip),
     )
     return Block(
         module=module,

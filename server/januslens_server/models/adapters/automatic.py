@@ -140,7 +140,7 @@ def _variants_beyond(
     model: PreTrainedModel, attention: Attention, lengths: list[Length]
 ) -> list[AttentionVariant | str]:
     """Find the variants that reproduce attention at every position of a miniature."""
-    d_head = attention.output.d_in // attention.n_heads
+    d_head = attention.query.d_out // attention.n_heads
     small = miniature(model, attention.n_heads, attention.n_kv_heads, d_head, lengths)
     ids = prompt_of(small)
     return Structure(find_stream(small)).variants(

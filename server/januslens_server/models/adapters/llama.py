@@ -343,7 +343,7 @@ def _olmo_block(layer: Layer) -> Block:
         value=replace(plain.value, overwritten=True),
         query_map=HeadMap(clip=clip),
         key_map=HeadMap(clip=clip),
-        value_clip=clip,
+        value_map=HeadMap(clip=clip),
     )
     return pre_norm_block(layer, clipped)
 

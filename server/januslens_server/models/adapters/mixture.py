@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.capture import Rotation
+from januslens_server.graph.weights import HeadMap
 from januslens_server.models.adapters.llama import (
     Layer,
     attention,
@@ -96,7 +97,7 @@ def _olmoe_block(layer: Layer) -> Block:
     normed = replace(
         plain,
         value=replace(plain.value, overwritten=clip is not None),
-        value_clip=clip,
+        value_map=HeadMap(clip=clip),
         query_map=spanning_head_map(attn.q_norm, attn.head_dim, clip),
         key_map=spanning_head_map(attn.k_norm, attn.head_dim, clip),
         query_norm=norm_tap(attn.q_norm),

@@ -90,7 +90,7 @@ class AttentionFinder:
             raise ModelFailed(f"query, key and value of {block} have different inputs")
 
     def d_head(self, n_heads: int) -> int:
-        """Return the width of a head's result."""
+        """Return the width of a head's result, which is that of its values."""
         return self.result.input.shape[-1] // n_heads
 
     def layouts(self, n_heads: int) -> list[Layout]:
@@ -117,9 +117,10 @@ class AttentionFinder:
         query, key, value, *rest = (
             self._maps if len(self._maps) > 2 else [*self._maps, self._maps[1]]
         )
-        n_kv_heads = key.output.shape[-1] // d_head
+        n_kv_heads = value.output.shape[-1] // d_head
+        d_key = query.output.shape[-1] // n_heads  # values may have another width
         plain = Layout(linear(query), linear(key), linear(value), n_kv_heads)
-        if not rest and query.output.shape[-1] == whole:
+        if not rest and key.output.shape[-1] == n_kv_heads * d_key:
             yield plain
         elif not rest and query.output.shape[-1] == 2 * whole:
             for columns, gate in _halves(n_heads, d_head):
@@ -172,6 +173,10 @@ class AttentionFinder:
                     raise ModelFailed(f"{call.name} is no RMSNorm of latent vectors")
                 return HeadNorm(norm.weight, norm.eps)
         raise ModelFailed(f"{reader.name} does not read what a norm returns")
+
+    def value_map(self) -> HeadMap:
+        """Map what multiplies values: a number in MiMo V2."""
+        return HeadMap(multiplier=float(getattr(self.owner, "v_scale", 1.0)))
 
     def norms(self, d_head: int) -> QueryKeyNorms:
         """Map the norms of queries and keys.

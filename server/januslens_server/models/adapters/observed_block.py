@@ -308,7 +308,7 @@ class BlockFinder:
         layout: int,
     ) -> Attention:
         maps = found.layouts(settings.n_heads)[layout]
-        d_head = found.d_head(settings.n_heads)
+        d_head = maps.query.d_out // settings.n_heads
         norms = found.norms(d_head)
         finish, added = self._finish(factor, found.result)
         return Attention(
@@ -337,6 +337,7 @@ class BlockFinder:
             query_norm=norms.query_norm,
             key_norm=norms.key_norm,
             value_norm=norms.value_norm,
+            value_map=found.value_map(),
             finish=finish,
             added=added,
         )
