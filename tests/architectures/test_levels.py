@@ -52,7 +52,7 @@ from januslens_server.specs import (
     TraceSpec,
     Unit,
 )
-from tests.architectures.cases import NEMOTRON_H, VOCABULARY, Case
+from tests.architectures.cases import LATENT_WIDTHS, NEMOTRON_H, VOCABULARY, Case
 from tests.architectures.tiny_models import plain, resident
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
@@ -107,6 +107,30 @@ SHARED_KEYS = Case(
         "vocab_size_per_layer_input": VOCABULARY,
         "num_kv_shared_layers": 1,
         "layer_types": ["full_attention", "full_attention"],
+    },
+)
+# Several residual streams side by side.
+ALTUP = Case(
+    "gemma3n_text",
+    "three streams",
+    HEADS
+    | {
+        "altup_num_inputs": 3,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+)
+HYPER = Case(
+    "hy_v4",
+    "two streams",
+    LATENT_WIDTHS
+    | {
+        "hc_mult": 2,
+        "mlp_layer_types": ["dense", "dense"],
+        "index_n_heads": 2,
+        "index_head_dim": 8,
     },
 )
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
@@ -364,12 +388,14 @@ def test_block_that_scales_its_input_is_shown_with_the_factor() -> None:
         (Case("gemma", "bidirectional", BIDIRECTIONAL), "causal"),
         (Case("gemma3_text", "bidirectional", BIDIRECTIONAL), "causal"),
         (Case("bert", "encoder", {}), "causal"),
+        (ALTUP, r"its blocks pass on 3 residual streams side by side .* expected .* one residual"),
+        (HYPER, r"its blocks pass on 2 residual streams side by side"),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )
 def test_model_that_is_no_causal_decoder_is_refused(case: Case, reason: str) -> None:
     torch.manual_seed(0)
-    attention = "eager" if case.family == "falcon" else "sdpa"
+    attention = "eager" if case.family in {"falcon", "hy_v4"} else "sdpa"
     network = AutoModelForCausalLM.from_config(case.config(), attn_implementation=attention)
     with pytest.raises(ModelFailed, match=reason):
         view_of(network.eval())

@@ -102,7 +102,7 @@ def find_stream(model: PreTrainedModel) -> Stream:
             return Stream(model, name, blocks, ids, last[0], logits, norm)
         reasons.append(f"{name}: {reason}")
     found = "; ".join(reasons) or f"found no list of {n_layers} blocks"
-    raise ModelFailed(f"{found}; expected blocks that pass on a residual stream")
+    raise ModelFailed(f"{found}; expected blocks that pass on one residual stream")
 
 
 @torch.no_grad()
@@ -140,6 +140,11 @@ def _broken(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[_Call]]) ->
         return f"a pass calls its blocks {min(counts)} to {max(counts)} times"
     called = [calls[block][0] for block in blocks]
     for layer, call in enumerate(called):
+        if (streams := _streams(call)) > 1:
+            return (
+                f"its blocks pass on {streams} residual streams side by side (hyper-connections or "
+                "AltUp)"
+            )
         if call.output.shape != call.input.shape or call.output.dim() != 3:
             return f"block {layer} turns {list(call.input.shape)} into {list(call.output.shape)}"
         if not (
@@ -150,6 +155,17 @@ def _broken(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[_Call]]) ->
         if not torch.equal(below.output_then.float(), above.input_then.float()):
             return f"block {layer + 1} does not read what block {layer} returns"
     return None
+
+
+def _streams(call: _Call) -> int:
+    """Return how many residual streams a block passes on, if they have an axis of their own.
+
+    The axis is before that of the batch of 1, or behind that of the positions.
+    """
+    shape = call.output.shape
+    if len(shape) != 4 or call.input.shape != shape or 1 not in shape[:2]:
+        return 1
+    return shape[2] if shape[0] == 1 else shape[0]
 
 
 def _final_norm(calls: Sequence[_Call], last: torch.Tensor) -> ModuleCall | None:
