@@ -35,7 +35,9 @@ def plain(case: Case) -> Any:
         for module, name, parameter in _parameters(network):
             parameter.copy_(_drawn(module, name, parameter.shape))
         for name, buffer in network.named_buffers():
-            if name.endswith("e_score_correction_bias"):  # of routers; 0 by default
+            if name.endswith(
+                ("e_score_correction_bias", "expert_bias")
+            ):  # of routers; 0 by default
                 buffer.copy_(0.2 * torch.randn(buffer.shape))
             elif name.endswith("layer_scalar"):  # of what a block returns; 1 by default
                 buffer.copy_(0.5 + torch.rand(buffer.shape))

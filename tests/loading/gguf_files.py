@@ -156,6 +156,57 @@ CASES = {
             "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
         },
     ),
+    "hunyuan-dense": Case("hunyuan_v1_dense", "gguf", WIDE | HEADS),
+    "lfm2moe": Case(
+        "lfm2_moe",
+        "gguf",
+        EXPERTS
+        | {
+            "intermediate_size": 64,
+            "num_key_value_heads": 2,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_hidden_layers": 3,
+            "num_dense_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral3": Case("llama", "gguf, Mistral Small", WIDE | HEADS),
+    "mistral3 with YaRN": Case(
+        "ministral3",
+        "gguf",
+        WIDE
+        | HEADS
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 4,  # shorter than the prompt
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.3,
+            }
+        },
+    ),
+    "qwen2vl": Case("qwen2", "gguf, text of images", WIDE | {"num_key_value_heads": 2}),
+    "qwen3vl": Case("qwen3", "gguf, text of images", WIDE | HEADS),
+    "qwen3vlmoe": Case(
+        "qwen3_moe", "gguf, text of images", WIDE | HEADS | EXPERTS | {"norm_topk_prob": True}
+    ),
+    "qwen3next": Case(
+        "qwen3_next",
+        "gguf",
+        DELTA_NETS
+        | EXPERTS
+        | {
+            "shared_expert_intermediate_size": 96,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "qwen3moe": Case("qwen3_moe", "gguf", WIDE | HEADS | EXPERTS | {"norm_topk_prob": True}),
     "qwen2moe": Case(
         "qwen2_moe",
@@ -221,6 +272,7 @@ ARCHITECTURES = {
     "gemma3 scaled": "gemma3",
     "gemma4 with experts": "gemma4",
     "qwen3 with YaRN": "qwen3",
+    "mistral3 with YaRN": "mistral3",
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 MERGES = ["1 2", "12 3", "123 4", "a b", "ab c", "Ġ a"]
@@ -357,6 +409,26 @@ def lfm2_settings(config: Any) -> Settings:
     }
 
 
+def lfm2moe_settings(config: Any) -> Settings:
+    return lfm2_settings(config) | {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_gating_func": 2,
+        "leading_dense_block_count": config.num_dense_layers,
+    }
+
+
+def mistral3_settings(config: Any) -> Settings:
+    rotary = config.rope_parameters
+    if rotary["rope_type"] == "default":
+        return decoder_settings(config)
+    return decoder_settings(config) | {
+        "attention.temperature_scale": rotary["llama_4_scaling_beta"],
+        "rope.scaling.yarn_log_multiplier": rotary["mscale_all_dim"],
+    }
+
+
 def deepseek2_settings(config: Any) -> Settings:
     """Latent attention as attention with one head for keys and values, and its real widths."""
     width, rotary = config.qk_rope_head_dim, config.rope_parameters
@@ -392,8 +464,8 @@ def qwen2moe_settings(config: Any) -> Settings:
     }
 
 
-def qwen35_settings(config: Any) -> Settings:
-    """Attention in every fourth layer, and a block behind the last layer."""
+def qwen3next_settings(config: Any) -> Settings:
+    """Attention in every fourth layer."""
     rotary = config.rope_parameters
     n_heads = config.linear_num_value_heads
     return {
@@ -401,22 +473,30 @@ def qwen35_settings(config: Any) -> Settings:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "block_count": config.num_hidden_layers + 1,
         "full_attention_interval": 4,
-        "nextn_predict_layers": 1,
         "rope.dimension_count": int(config.head_dim * rotary["partial_rotary_factor"]),
-        "rope.dimension_sections": [*rotary["mrope_section"], 0],
         "rope.freq_base": rotary["rope_theta"],
         "ssm.conv_kernel": config.linear_conv_kernel_dim,
         "ssm.group_count": config.linear_num_key_heads,
         "ssm.inner_size": config.linear_value_head_dim * n_heads,
         "ssm.state_size": config.linear_key_head_dim,
         "ssm.time_step_rank": n_heads,
+    } | expert_settings(config)
+
+
+def qwen35_settings(config: Any) -> Settings:
+    """Sections of the rotation, and a block behind the last layer."""
+    return qwen3next_settings(config) | {
+        "block_count": config.num_hidden_layers + 1,
+        "nextn_predict_layers": 1,
+        "rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0],
     }
 
 
-def qwen35moe_settings(config: Any) -> Settings:
-    return qwen35_settings(config) | {
+def expert_settings(config: Any) -> Settings:
+    if not hasattr(config, "num_experts"):
+        return {}
+    return {
         "expert_count": config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
         "expert_feed_forward_length": config.moe_intermediate_size,
@@ -428,6 +508,7 @@ def qwen3moe_settings(config: Any) -> Settings:
     return decoder_settings(config) | {"expert_feed_forward_length": config.moe_intermediate_size}
 
 
+IMAGES = {"rope.dimension_sections": [2, 2, 2, 0], "n_deepstack_layers": 3}
 SETTINGS: dict[str, Callable[[Any], Settings]] = {
     "deepseek2": deepseek2_settings,
     "gemma2": gemma2_settings,
@@ -440,10 +521,16 @@ SETTINGS: dict[str, Callable[[Any], Settings]] = {
     "granite": granite_settings,
     "granitemoe": granite_settings,
     "lfm2": lfm2_settings,
+    "lfm2moe": lfm2moe_settings,
+    "mistral3": mistral3_settings,
     "phi3": windowed_settings,
     "qwen2moe": qwen2moe_settings,
+    "qwen2vl": lambda config: decoder_settings(config) | {"rope.dimension_sections": [2, 1, 1, 0]},
     "qwen35": qwen35_settings,
-    "qwen35moe": qwen35moe_settings,
+    "qwen35moe": qwen35_settings,
+    "qwen3next": qwen3next_settings,
+    "qwen3vl": lambda config: decoder_settings(config) | IMAGES,
+    "qwen3vlmoe": lambda config: qwen3moe_settings(config) | IMAGES,
     "qwen3moe": qwen3moe_settings,
     "starcoder2": lambda config: (
         decoder_settings(config) | {"attention.layer_norm_epsilon": config.norm_epsilon}
@@ -555,6 +642,15 @@ def lfm2_tensors(parameter: str, values: torch.Tensor, _config: Any) -> Stored:
     yield parameter, values.squeeze(1) if ".conv.conv." in parameter else values
 
 
+def lfm2moe_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stored:
+    if parameter.endswith(".expert_bias"):
+        yield f"{block_of(parameter)}.exp_probs_b.bias", values
+    elif ".conv.conv." in parameter:
+        yield parameter, values.squeeze(1)
+    else:
+        yield from unstacked(parameter, values, config)
+
+
 def deepseek2_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stored:
     """Split the map from latent vectors into keys, transposed, and values."""
     if parameter.endswith("kv_b_proj.weight"):
@@ -564,6 +660,29 @@ def deepseek2_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stor
         yield parameter.replace("kv_b_proj", "v_b_proj"), found
     elif parameter.endswith("e_score_correction_bias"):
         yield f"{block_of(parameter)}.exp_probs_b.bias", values
+    else:
+        yield from unstacked(parameter, values, config)
+
+
+def qwen3next_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stored:
+    """Put queries, keys, values and gates of all key heads apart, and change norms and decays."""
+    name = parameter.rpartition(".linear_attn.")[2]
+    n_keys, width = config.linear_num_key_heads, config.linear_key_head_dim
+    beside = config.linear_num_value_heads // n_keys * config.linear_value_head_dim
+    if name == "in_proj_qkvz.weight":
+        heads = values.reshape(n_keys, -1, values.shape[-1])
+        first, gates = heads.split([2 * width + beside, beside], 1)
+        apart = [part.flatten(0, 1) for part in first.split([width, width, beside], 1)]
+        yield f"{block_of(parameter)}.attn_qkv.weight", torch.cat(apart)
+        yield f"{block_of(parameter)}.attn_gate.weight", gates.flatten(0, 1)
+    elif name == "A_log":
+        yield f"{block_of(parameter)}.ssm_a", -torch.exp(values)
+    elif name == "dt_bias":
+        yield f"{block_of(parameter)}.ssm_dt.bias", values
+    elif name == "conv1d.weight":
+        yield parameter, values.squeeze(1)
+    elif name.endswith("norm.weight") and ".linear_attn." not in parameter:
+        yield parameter, values + 1
     else:
         yield from unstacked(parameter, values, config)
 
@@ -605,8 +724,11 @@ CONVERSIONS: dict[str, Callable[[str, torch.Tensor, Any], Stored]] = {
     "granite": rotated,
     "granitemoe": granitemoe_tensors,
     "lfm2": lfm2_tensors,
+    "lfm2moe": lfm2moe_tensors,
+    "mistral3": rotated,
     "llama": rotated,
     "qwen35": qwen35_tensors,
+    "qwen3next": qwen3next_tensors,
     "qwen35moe": qwen35_tensors,
     "smollm3": rotated,
 }

@@ -45,6 +45,9 @@ DEFAULT_BASE = 1e4
 LINEAR, YARN = "linear", "yarn"
 # What frequencies are divided by. Values in it, half of a head's dimensions.
 FREQUENCIES, MAX_FREQUENCIES = "rope_freqs.weight", 4096
+# How much YaRN scales attention, and how much queries are scaled by their position.
+_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+_TEMPERATURE = "attention.temperature_scale"
 # The number of layers behind the model's that predict further tokens; they are not read.
 FURTHER = "nextn_predict_layers"
 # A divisor of what is not rotated.
@@ -224,6 +227,41 @@ def _head_scale(header: GGUFHeader, _own: Settings, described: Mapping[str, Any]
     return {"query_pre_attn_scalar": described.get("head_dim", width)}
 
 
+def _lfm2moe(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
+    """LFM2 with experts, whose router is a sigmoid with normalised scores."""
+    _check_sigmoid(own)
+    found = _lfm2(header, own, described)
+    del found["block_auto_adjust_ff_dim"]
+    return found | {
+        "num_dense_layers": number(*_stated(own, "leading_dense_block_count"), least=0),
+        "use_expert_bias": any(name.endswith(".exp_probs_b.bias") for name in header.tensors),
+    }
+
+
+def _check_sigmoid(own: Settings) -> None:
+    if own["expert_gating_func"] != 2:
+        raise ModelFailed(
+            "the file's router is not the model's: expected expert_gating_func 2 (sigmoid), got "
+            f"{own['expert_gating_func']!r:.80}; {ADVICE}"
+        )
+
+
+def _mistral3(_header: GGUFHeader, own: Settings, _described: Mapping[str, Any]) -> dict[str, Any]:
+    """Ministral 3 scales queries by their position; Mistral Small is like Llama."""
+    return {"model_type": "ministral3"} if _TEMPERATURE in own else {}
+
+
+def _mistral3_yarn(own: Settings) -> dict[str, Any]:
+    """Return what Ministral 3 adds to YaRN; its mscale is 1, as llama.cpp assumes."""
+    if not {_TEMPERATURE, _LOG_MULTIPLIER} <= own.keys():
+        raise ModelFailed(f"the file lacks the setting {_TEMPERATURE} or {_LOG_MULTIPLIER}")
+    return {
+        "mscale": 1.0,
+        "mscale_all_dim": real(*_stated(own, _LOG_MULTIPLIER)),
+        "llama_4_scaling_beta": real(*_stated(own, _TEMPERATURE)),
+    }
+
+
 def _lfm2(header: GGUFHeader, own: Settings, _described: Mapping[str, Any]) -> dict[str, Any]:
     """Layers of LFM2 without heads for keys and values are convolutions."""
     key = "attention.head_count_kv"
@@ -348,7 +386,6 @@ def _stated(own: Settings, key: str) -> tuple[str, Any]:
     return key, own[key]
 
 
-_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 _DEEPSEEK = {
     "attention.kv_lora_rank": "kv_lora_rank",
     "attention.q_lora_rank": "q_lora_rank",
@@ -373,16 +410,11 @@ _LATENT = frozenset(
         "leading_dense_block_count",
     }
 )
-_SIGMOID = 2
 
 
 def _deepseek(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
     """DeepSeek V3 in a form with one wide head for keys and values, the latent vector."""
-    if own["expert_gating_func"] != _SIGMOID:
-        raise ModelFailed(
-            "the file's router is not DeepSeek V3's: expected expert_gating_func 2 (sigmoid), got "
-            f"{own['expert_gating_func']!r:.80}; {ADVICE}"
-        )
+    _check_sigmoid(own)
     if _LOG_MULTIPLIER in own and header.metadata.get("deepseek2.rope.scaling.type") != YARN:
         raise ModelFailed(f"the file has {_LOG_MULTIPLIER} without YaRN; {ADVICE}")
     latent, rotated = described["kv_lora_rank"], described["qk_rope_head_dim"]
@@ -454,18 +486,16 @@ _DELTA_NET_OWN = frozenset(
         "block_count",
         "full_attention_interval",
         "rope.dimension_count",
-        "rope.dimension_sections",
         "rope.freq_base",
         "ssm.inner_size",
     }
 )
+# The sections of a rotation by time, height and width, and the layers that images enter.
+_SECTIONS, _IMAGES = "rope.dimension_sections", "n_deepstack_layers"
 
 
-def _qwen35(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen 3.5 has attention in every fourth layer, and gated delta networks in the others.
-
-    Its sections of the rotation are for images; all positions of texts are the same in each.
-    """
+def _qwen3next(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen3-Next has attention in every fourth layer, and gated delta networks in the others."""
     n_further = number(FURTHER, own.get(FURTHER, 0), least=0)
     n_layers = number("block_count", own["block_count"], least=n_further + 1) - n_further
     interval = number(*_stated(own, "full_attention_interval"))
@@ -476,19 +506,13 @@ def _qwen35(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> 
     n_heads, width = described["linear_num_value_heads"], described["head_dim"]
     inner = number(*_stated(own, "ssm.inner_size"))
     rotated = number(*_stated(own, "rope.dimension_count"))
-    sections = own["rope.dimension_sections"]
     if inner % n_heads or n_heads % described["linear_num_key_heads"]:
         raise ModelFailed(
             f"the file has {n_heads} heads in {inner} dimensions and "
             f"{described['linear_num_key_heads']} heads of keys; expected multiples"
         )
-    if not isinstance(sections, list) or not all(type(n) is int and n >= 0 for n in sections):
-        raise ModelFailed(f"invalid setting rope.dimension_sections {sections!r:.80}")
-    if 2 * sum(sections) != rotated or rotated > width:
-        raise ModelFailed(
-            f"the file has rope.dimension_sections {sections!r:.80} for {rotated} of {width} "
-            "dimensions; expected half as many in all"
-        )
+    if rotated > width:
+        raise ModelFailed(f"the file rotates {rotated} of {width} dimensions; expected fewer")
     return {
         "num_hidden_layers": n_layers,
         "layer_types": [
@@ -499,10 +523,29 @@ def _qwen35(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> 
             "rope_type": "default",
             "rope_theta": real(*_stated(own, "rope.freq_base")),
             "partial_rotary_factor": rotated / width,
-            "mrope_section": [size for size in sections if size],
-            "mrope_interleaved": True,
         },
     }
+
+
+def _qwen35(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen 3.5 is like Qwen3-Next, with sections of the rotation for images.
+
+    All positions of texts are the same in each section.
+    """
+    found, sections = _qwen3next(header, own, described), own[_SECTIONS]
+    rotated = own["rope.dimension_count"]
+    if not isinstance(sections, list) or not all(type(n) is int and n >= 0 for n in sections):
+        raise ModelFailed(f"invalid setting {_SECTIONS} {sections!r:.80}; expected whole numbers")
+    if 2 * sum(sections) != rotated:
+        raise ModelFailed(
+            f"the file has {_SECTIONS} {sections!r:.80} for {rotated} dimensions; expected half as "
+            "many in all"
+        )
+    found["rope_parameters"] |= {
+        "mrope_section": [size for size in sections if size],
+        "mrope_interleaved": True,
+    }
+    return found
 
 
 def _delta_nets(parameter: str, parts: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
@@ -534,6 +577,39 @@ def _delta_nets(parameter: str, parts: Sequence[torch.Tensor], config: Any) -> t
     return values
 
 
+def _by_key_head(parts: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
+    """Join Qwen3-Next's maps to queries, keys, values and gates, which are stored apart.
+
+    The model has all rows of a key head together.
+    """
+    n_keys, width = config.linear_num_key_heads, config.linear_key_head_dim
+    fixed = n_keys * width
+    inner = config.linear_num_value_heads * config.linear_value_head_dim
+    first, gates = parts
+    if len(first) != 2 * fixed + inner or len(gates) != inner:
+        raise ModelFailed(
+            f"the file has {len(first)} and {len(gates)} rows for a delta network: expected "
+            f"{2 * fixed + inner} and {inner}"
+        )
+    blocks = [*first.split([fixed, fixed, inner]), gates]
+    heads = [block.reshape(n_keys, -1, block.shape[-1]) for block in blocks]
+    return torch.cat(heads, 1).flatten(0, 1)
+
+
+def _decays(parameter: str, parts: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
+    """Undo what conversions do to Qwen3-Next, which has value heads in the model's order."""
+    if parameter.endswith(".linear_attn.in_proj_qkvz.weight"):
+        return _by_key_head(parts, config)
+    if parameter.endswith(".linear_attn.A_log"):
+        return torch.log(-joined(parameter, parts, config))
+    if ".linear_attn." in parameter:
+        return joined(parameter, parts, config)
+    return _norms_less_one(parameter, parts, config)
+
+
+_LFM2 = frozenset({"attention.head_count_kv", "shortconv.l_cache"})
+_SHARED = {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+_DELTA_NET_STORED = {".linear_attn.A_log": "ssm_a", ".linear_attn.dt_bias": "ssm_dt.bias"}
 _LAYER_NORM = "attention.layer_norm_epsilon"
 
 FAMILIES: Mapping[str, Family] = {
@@ -597,12 +673,31 @@ FAMILIES: Mapping[str, Family] = {
     "lfm2": Family(
         "lfm2",
         attributes={EPSILON: "norm_eps", "shortconv.l_cache": "conv_L_cache"},
-        required=frozenset({"attention.head_count_kv", "shortconv.l_cache"}),
+        required=_LFM2,
         own=frozenset({"attention.head_count_kv"}),
         describe=_lfm2,
     ),
+    "hunyuan-dense": Family("hunyuan_v1_dense", required=frozenset({"attention.key_length"})),
+    "lfm2moe": Family(
+        "lfm2_moe",
+        attributes=_EXPERTS | {EPSILON: "norm_eps", "shortconv.l_cache": "conv_L_cache"},
+        required=_LFM2 | _EXPERTS.keys() | {"expert_gating_func", "leading_dense_block_count"},
+        own=frozenset(
+            {"attention.head_count_kv", "expert_gating_func", "leading_dense_block_count"}
+        ),
+        describe=_lfm2moe,
+        stored={".expert_bias": "exp_probs_b.bias"},
+    ),
     "llama": Family(
         "llama", attributes=_LOCAL_EXPERTS, describe=_mixture_of_llama, restore=_halves
+    ),
+    "mistral3": Family(
+        "llama",
+        required=frozenset({"attention.key_length"}),
+        own=frozenset({_LOG_MULTIPLIER, _TEMPERATURE}),
+        describe=_mistral3,
+        yarn=_mistral3_yarn,
+        restore=_halves,
     ),
     "olmo2": Family("olmo2"),
     "olmoe": Family(
@@ -612,35 +707,53 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("qwen2"),
     "qwen2moe": Family(
         "qwen2_moe",
-        attributes=_EXPERTS
-        | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        attributes=_EXPERTS | _SHARED,
         common={"norm_topk_prob": False},
     ),
+    "qwen2vl": Family("qwen2", own=frozenset({_SECTIONS})),
     "qwen3": Family("qwen3"),
     "qwen3moe": Family("qwen3_moe", attributes=_EXPERTS, common={"norm_topk_prob": True}),
+    "qwen3next": Family(
+        "qwen3_next",
+        attributes=_DELTA_NET | _EXPERTS | _SHARED,
+        required=_DELTA_NET_OWN | _DELTA_NET.keys() | _EXPERTS.keys() | _SHARED.keys(),
+        common={"norm_topk_prob": True},
+        own=_DELTA_NET_OWN,
+        describe=_qwen3next,
+        scalings=(),
+        stored=_DELTA_NET_STORED
+        | {".linear_attn.in_proj_qkvz.weight": "attn_qkv.weight attn_gate.weight"},
+        restore=_decays,
+    ),
+    "qwen3vl": Family("qwen3", own=frozenset({_SECTIONS, _IMAGES})),
+    "qwen3vlmoe": Family(
+        "qwen3_moe",
+        attributes=_EXPERTS,
+        common={"norm_topk_prob": True},
+        own=frozenset({_SECTIONS, _IMAGES}),
+    ),
     "qwen35": Family(
         "qwen3_5_text",
         attributes=_DELTA_NET,
-        required=_DELTA_NET_OWN | _DELTA_NET.keys(),
-        own=_DELTA_NET_OWN | {FURTHER},
+        required=_DELTA_NET_OWN | _DELTA_NET.keys() | {_SECTIONS},
+        own=_DELTA_NET_OWN | {FURTHER, _SECTIONS},
         describe=_qwen35,
         scalings=(),
-        stored={".linear_attn.A_log": "ssm_a", ".linear_attn.dt_bias": "ssm_dt.bias"},
+        stored=_DELTA_NET_STORED,
         restore=_delta_nets,
     ),
     "qwen35moe": Family(
         "qwen3_5_moe_text",
-        attributes=_DELTA_NET
-        | _EXPERTS
-        | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        attributes=_DELTA_NET | _EXPERTS | _SHARED,
         required=_DELTA_NET_OWN
         | _DELTA_NET.keys()
         | _EXPERTS.keys()
-        | {"expert_shared_feed_forward_length"},
-        own=_DELTA_NET_OWN | {FURTHER},
+        | _SHARED.keys()
+        | {_SECTIONS},
+        own=_DELTA_NET_OWN | {FURTHER, _SECTIONS},
         describe=_qwen35,
         scalings=(),
-        stored={".linear_attn.A_log": "ssm_a", ".linear_attn.dt_bias": "ssm_dt.bias"},
+        stored=_DELTA_NET_STORED,
         restore=_delta_nets,
     ),
     "smollm3": Family("smollm3", restore=_halves),

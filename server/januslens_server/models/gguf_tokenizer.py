@@ -101,7 +101,7 @@ SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     **dict.fromkeys(("deepseek-r1-qwen", "qwen2"), lambda: _split_by(_words(""))),
     "qwen35": lambda: _split_by(_words("", letters=r"\p{L}\p{M}")),
     "tekken": lambda: _split_by(_cased_words("")),
-    "deepseek-v3": lambda: _split_by(*_DEEPSEEK),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), lambda: _split_by(*_DEEPSEEK)),
     "gpt-4o": lambda: _split_by(_cased_words("{1,3}", end=f"{_CONTRACTION}?")),
 }
 # Tokenizers that look a whole word up before they merge its bytes.
