@@ -494,8 +494,8 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
     """Return the residual steps of one layer: input, after attention, after the MLP.
 
     The input is left out if it is the last step of the layer below. Attention and MLP are one step
-    if they are parallel, or if the trace does not have the residual between them. Steps of a layer
-    without all parts, or with other parts than these two, are named after the parts that are
+    if they are parallel, or if the trace does not have the residual between them. A step of which
+    the trace has all parts, or of a layer without all parts, is named after the parts that are
     shown; without any, `block`.
     """
     mids = layer.nodes_of(NodeKind.RESIDUAL_MID, position)
@@ -512,7 +512,8 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
     for node, usual in steps:
         parts = {part.node.kind: part for part in trace.parts_of(node)}
         added = [kind for kind in _ADDED if kind in parts]
-        named = limited or NodeKind.MIXER_OUTPUT in added
+        whole = bool(added) and not _BEFORE.isdisjoint(parts)
+        named = limited or whole or NodeKind.MIXER_OUTPUT in added
         kinds = added if named else usual
         name = " and ".join(_ADDED[kind] for kind in kinds) or "block"
         place = f"layer {layer.layer}'s {name}"
@@ -526,6 +527,9 @@ def _sum(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) if known else None
 
+
+# The residual before a block. A step that has it as a part has all its parts in the trace.
+_BEFORE = {NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT}
 
 # What sublayers are called, in the order of the pass.
 _ADDED = {

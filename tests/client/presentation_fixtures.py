@@ -143,6 +143,7 @@ def norm_row(norm: float, largest: float) -> list[Any]:
 def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
     yield "the target ranks first from the MLP on", stream_of(messages.layer())
     yield "attention and MLP are parallel", stream_of(without_nodes("RESIDUAL_MID"))
+    yield "a block has an MLP and no attention", stream_of(with_one_sublayer())
     chosen = stream_of(messages.layer())
     chosen[0].header.selected_by = trace_pb2.SELECTION_CRITERION_CONTRIBUTION
     yield "the parts were selected by their contributions", chosen
@@ -193,6 +194,17 @@ def without_nodes(*kinds: str) -> trace_pb2.LayerGraph:
     del layer.nodes[:], layer.edges[:]
     layer.nodes.extend(kept)
     layer.edges.extend(edges)
+    return layer
+
+
+def with_one_sublayer() -> trace_pb2.LayerGraph:
+    """A block that adds only its MLP to its input."""
+    attention = ("RESIDUAL_MID", "ATTENTION", "HEAD", "MEMORY", "OTHER")
+    ids = [node.id for node in messages.layer().nodes]
+    layer = without_nodes(*(i for i in ids if any(kind in i for kind in attention)))
+    layer.edges.append(
+        messages.edge("p1/BLOCK_INPUT", "L0/p1/BLOCK_OUTPUT", "PART", 1.0, share=0.25)
+    )
     return layer
 
 

@@ -152,6 +152,9 @@ def test_sentences_of_a_trace_match_the_fixture() -> None:
     assert [step["name"] for step in coarse["residual_steps"]] == ["input", "+ mixer", "+ MLP"]
     mixed = cases["a whole layer has a mixer beside its sublayers"]
     assert [step["name"] for step in mixed["residual_steps"]] == ["input", "+ mixer", "+ MLP"]
+    alone = cases["a block has an MLP and no attention"]
+    assert alone["sentences"][1] == "Ranked first from layer 0's MLP onwards."
+    assert [step["name"] for step in alone["residual_steps"]] == ["input", "+ MLP"]
     assert cases["no residual has a reading"]["sentences"][1] == (
         "No residual of this position was traced."
     )

@@ -767,19 +767,41 @@ def test_heads_of_a_mixer_are_rows_of_its_panel(tab: Page, demo: Traced, tmp_pat
     assert upper
     assert lower
     assert upper["height"] <= lower["y"] - upper["y"] < 2 * upper["height"]
+    keys = tab.locator("svg.overview .legend text").all_text_contents()
+    assert keys[-3:] == ["mixer", "MLP", "residual (width: norm)"]
+
+
+def test_sublayers_that_a_block_does_not_have_are_not_drawn(
+    tab: Page, demo: Traced, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.html"
+    for layer, titles in (
+        (fixtures.with_one_sublayer(), ["MLP"]),
+        (fixtures.with_mixer(), ["Mixer", "MLP"]),
+    ):
+        html = trace_page(fixtures.stream_of(layer), (), demo.trace.prompt_tokens)
+        path.write_text(html, encoding="utf-8")
+        tab.goto("about:blank")
+        opened(tab, Traced(demo.trace, demo.trace, path))
+        assert tab.locator("svg.detail text.title").all_text_contents() == titles
+    for text in ("not divided into heads", "not divided into neurons"):
+        expect(tab.locator("svg.detail").get_by_text(text)).to_be_visible()
+    for absent in ("query", "neuron"):
+        expect(tab.locator("svg.detail").get_by_text(absent, exact=True)).to_have_count(0)
 
 
 def test_bytes_of_one_character_are_text_in_the_title(
     tab: Page, random_server: ServerProcess, tmp_path: Path
 ) -> None:
-    prompt = "عاصمة 🐱👩\u200d🚀 or"  # each character is two to four tokens
+    text = "عاصمة 🐱👩\u200d🚀 or ص"  # most characters are two to four tokens
     with januslens.Client(random_server.address) as client:
-        page = traced(client, tmp_path / "bytes.html", prompt, model="random")
-    assert len(page.trace.prompt_tokens) > len(prompt)
+        ids = [token.id for token in client.tokenize(text, model="random")][:-1]  # cuts the last
+        page = traced(client, tmp_path / "bytes.html", ids, model="random")
+    assert len(ids) > len(text)
     opened(tab, page)
-    expect(tab.locator("h1 .prompt")).to_have_text(prompt)
-    expect(tab.locator("h1 .prompt .selected")).to_have_text(" or")
-    assert tab.title() == f"{prompt} · Januslens".replace("\u200d", "<U+200D>")
+    expect(tab.locator("h1 .prompt")).to_have_text(f"{text[:-1]}<0xD8>")
+    expect(tab.locator("h1 .prompt .selected")).to_have_text("<0xD8>")
+    assert tab.title() == f"{text[:-1]}\ufffd · Januslens".replace("\u200d", "<U+200D>")
 
 
 def test_labels_of_rows_stay_when_a_narrow_window_scrolls(tab: Page, demo: Traced) -> None:

@@ -164,7 +164,7 @@ test('search accepts a part of a token, a whole token or an id', () => {
 })
 
 test('filters report the share that they keep', () => {
-  const { rows } = layerModel(graph(), 0, 1).mlp
+  const rows = layerModel(graph(), 0, 1).mlp?.rows ?? []
   assert.equal(passing(rows, EVERYTHING).kept, 1)
   const adding = passing(rows, { ...EVERYTHING, sign: '+' })
   assert.deepEqual([adding.shown.length, adding.hidden], [1, 1])

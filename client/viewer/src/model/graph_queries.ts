@@ -14,8 +14,8 @@ export interface ResidualStep {
 /**
  * The residual steps of all layers at one position, upwards. A parallel block, and a trace without
  * the residual between attention and MLP, has one step for both. The input of a layer is a step of
- * its own only if the layer below was not traced. Steps of a layer without all parts are named after
- * the sublayers that are shown; without any, `block`.
+ * its own only if the layer below was not traced. A step of which the graph has all parts, or of a
+ * layer without all parts, is named after the sublayers that are shown; without any, `block`.
  */
 export function residualSteps(graph: FlowGraph, position: number): ResidualStep[] {
   const steps: ResidualStep[] = []
@@ -29,10 +29,12 @@ export function residualSteps(graph: FlowGraph, position: number): ResidualStep[
     const mid = graph.at(layer, position, 'RESIDUAL_MID')
     const output = graph.at(layer, position, 'BLOCK_OUTPUT')
     const add = (node: GraphNode, usual: string) => {
-      const named =
-        graph.limited.some((level) => (level.layer ?? 0) === layer) ||
-        graph.partsOf(node.id).some((part) => part.node.kind === 'MIXER_OUTPUT')
-      const name = named ? addedTo(graph, node) : usual
+      const shown = addedTo(graph, node)
+      const limited = graph.limited.some((level) => (level.layer ?? 0) === layer)
+      const all = graph.partsOf(node.id).some((part) => BEFORE.has(part.node.kind))
+      const mixer = shown.includes(MIXER)
+      const named = limited || mixer || (all && shown.length > 0)
+      const name = named ? shown.join(' and ') || 'block' : usual
       steps.push({ name: `+ ${name}`, place: `layer ${layer}’s ${name}`, node })
     }
     if (mid) add(mid, 'attention')
@@ -41,17 +43,21 @@ export function residualSteps(graph: FlowGraph, position: number): ResidualStep[
   return steps
 }
 
-/** The names of the sublayers that are parts of a residual, or `block` without known ones. */
-function addedTo(graph: FlowGraph, residual: GraphNode): string {
+/** The names of the sublayers that are parts of a residual. */
+function addedTo(graph: FlowGraph, residual: GraphNode): string[] {
   const kinds = new Set(graph.partsOf(residual.id).map(({ node }) => node.kind))
-  const names = Object.entries(ADDED).flatMap(([kind, name]) => (kinds.has(kind) ? [name] : []))
-  return names.join(' and ') || 'block'
+  return Object.entries(ADDED).flatMap(([kind, name]) => (kinds.has(kind) ? [name] : []))
 }
+
+// The residual before a block. A step that has it as a part has all its parts in the graph.
+const BEFORE = new Set(['BLOCK_INPUT', 'BLOCK_OUTPUT'])
+
+const MIXER = 'mixer'
 
 // What sublayers are called, in the order of the pass.
 const ADDED: Record<string, string> = {
   ATTENTION_OUTPUT: 'attention',
-  MIXER_OUTPUT: 'mixer',
+  MIXER_OUTPUT: MIXER,
   MLP_OUTPUT: 'MLP',
 }
 

@@ -1,7 +1,7 @@
 import type { ProvenanceMessage } from '../contract'
 import { finite } from '../contract'
 import type { Scored } from '../model/flow_graph'
-import { directionOf, type Piece, piecesOf, type Token, visible } from '../model/tokens'
+import { directionOf, type Piece, piecesOf, type Token } from '../model/tokens'
 import { probability, signed } from './wording'
 
 /** Creates an element with attributes and children; strings become text, never markup. */
@@ -133,15 +133,17 @@ export function promptText(prompt: readonly Token[], position: number): HTMLElem
 }
 
 const JOINERS = /[\u200c\u200d]/g // of letters and of emoji
+const SHOWN_JOINERS = /<U\+200[CD]>/g
 
 /**
  * A piece of a prompt. Plain text is not isolated: its letters join, its marks combine and its digits
  * keep their order across tokens, as in any text. A label that stands for something else is.
  */
 function inPrompt({ label, text }: Piece): HTMLElement {
-  const letters = text.replace(JOINERS, '')
-  const plain = text !== '' && visible(letters).replace(/^␣/, ' ').replace(/^◌/, '') === letters
-  return plain ? element('span', { class: 'token' }, text) : tokenText(label.replace(/^␣/, ' '))
+  const shown = label.replace(/^␣/, ' ')
+  const letters = shown.replace(SHOWN_JOINERS, '').replace(/^◌/, '')
+  const plain = text !== '' && letters === text.replace(JOINERS, '')
+  return plain ? element('span', { class: 'token' }, text) : tokenText(shown)
 }
 
 /** How many of the first pieces have at most this many characters together, at least one. */

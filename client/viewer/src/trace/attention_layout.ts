@@ -2,12 +2,13 @@ import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import { decimals, percent } from '../presentation/wording'
 import { type Filter, passing } from './controls'
-import type { Block, HeadRow, LayerModel } from './layer_model'
+import type { Block, HeadRow } from './layer_model'
 import {
   CHIP,
   type Detail,
   HEAD,
   heading,
+  isWhole,
   neuronName,
   PAD,
   type Place,
@@ -46,12 +47,11 @@ const FRAME = 8 // above and below a head's lines
 
 export function placeAttention(
   detail: Detail,
-  model: LayerModel,
+  block: Block<HeadRow>,
   graph: FlowGraph,
   filter: Filter,
   at: Place,
 ): Placed {
-  const block = model.attention
   const columns = columnsIn(at)
   const { shown, hidden, kept } = passing(block.rows, filter)
   const ofMixer = block.sum?.kind === 'MIXER_OUTPUT' // the number of its heads is not in `sizes`
@@ -63,16 +63,18 @@ export function placeAttention(
     block.output?.kind === 'MIXER_OUTPUT' ? 'Mixer' : 'Attention',
     block,
     [...text, ...shownShare(kept)],
-    ofMixer
-      ? [[columns.output, 'head output']]
-      : [
-          [columns.query, 'query'],
-          [columns.source, 'source'],
-          [columns.key, 'key'],
-          [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
-          [columns.value, 'value'],
-          [columns.output, 'head output'],
-        ],
+    isWhole(block)
+      ? []
+      : ofMixer
+        ? [[columns.output, 'head output']]
+        : [
+            [columns.query, 'query'],
+            [columns.source, 'source'],
+            [columns.key, 'key'],
+            [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
+            [columns.value, 'value'],
+            [columns.output, 'head output'],
+          ],
   )
   const extra = ofMixer ? 0 : extraHeight(block, shown, filter, at.bar)
   const rows: Stacked[] = []

@@ -3,12 +3,13 @@ import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { percent } from '../presentation/wording'
 import { placeAttention } from './attention_layout'
 import { type Filter, passing } from './controls'
-import type { LayerModel, NeuronRow } from './layer_model'
+import type { Block, LayerModel, NeuronRow } from './layer_model'
 import {
   CHIP,
   Detail,
   HEAD,
   heading,
+  isWhole,
   neuronName,
   PAD,
   type Place,
@@ -38,17 +39,17 @@ export function detailLayout(
   width: number,
 ): Detail {
   const detail = new Detail(width)
-  const both = !filter.hidden.has('attention') && !filter.hidden.has('mlp')
-  const beside = both && width >= WIDE
-  const gated = model.mlp.rows.some((row) => row.up) // has a third column of chips
+  const mixing = filter.hidden.has('attention') ? undefined : model.attention
+  const neurons = filter.hidden.has('mlp') ? undefined : model.mlp
+  const beside = mixing !== undefined && neurons !== undefined && width >= WIDE
+  const gated = neurons?.rows.some((row) => row.up) // has a third column of chips
   const left = beside ? Math.round((width - GAP) * (gated ? 0.55 : 0.6)) : width
-  const bar = beside ? mlpHeight(model, filter) : 0
-  const attention = filter.hidden.has('attention')
-    ? undefined
-    : placeAttention(detail, model, graph, filter, { x: 0, y: RAIL, width: left, bar })
+  const bar = beside ? mlpHeight(neurons, filter) : 0
+  const attention =
+    mixing && placeAttention(detail, mixing, graph, filter, { x: 0, y: RAIL, width: left, bar })
   const y = beside || !attention ? RAIL : attention.bottom + GAP
   const place = { x: beside ? left + GAP : 0, y, width: beside ? width - GAP - left : width, bar }
-  const mlp = filter.hidden.has('mlp') ? undefined : placeMlp(detail, model, graph, filter, place)
+  const mlp = neurons && placeMlp(detail, neurons, graph, filter, place)
   placeRail(detail, model, attention?.joint, beside || !attention ? mlp?.joint : undefined)
   const bottom = Math.max(RAIL, attention?.bottom ?? 0, mlp?.bottom ?? 0)
   if (beside) for (const panel of detail.panels) panel.height = bottom - panel.y
@@ -89,8 +90,8 @@ export function placeRail(
     detail.rail.segments.push(segment)
   })
   const mid = stops.find(({ node }) => node === model.mid)
-  join(detail, attention, model.attention.outputShare, mid && mid.x + WIDTH / 2)
-  join(detail, mlp, model.mlp.outputShare)
+  join(detail, attention, model.attention?.outputShare, mid && mid.x + WIDTH / 2)
+  join(detail, mlp, model.mlp?.outputShare)
 }
 
 function stopsOf(width: number, model: LayerModel, attention: Placed['joint']): Stop[] {
@@ -100,7 +101,7 @@ function stopsOf(width: number, model: LayerModel, attention: Placed['joint']): 
   if (model.mid) {
     const under = attention ? attention.x - WIDTH / 2 : end
     const x = under < end - WIDTH - 40 ? under : (end - WIDTH) / 2
-    const mixed = model.attention.output?.kind === 'MIXER_OUTPUT'
+    const mixed = model.attention?.output?.kind === 'MIXER_OUTPUT'
     const label = mixed ? 'after the mixer' : 'after attention'
     stops.push({ node: model.mid, x, label, kept: model.keptByMid })
   }
@@ -159,12 +160,11 @@ const RIBBONS = 56
 
 export function placeMlp(
   detail: Detail,
-  model: LayerModel,
+  block: Block<NeuronRow>,
   graph: FlowGraph,
   filter: Filter,
   at: Place,
 ): Placed {
-  const block = model.mlp
   const gated = block.rows.some((row) => row.up)
   const columns = columnsIn(at, block.rows, gated)
   const { shown, hidden, kept } = passing(block.rows, filter)
@@ -177,13 +177,15 @@ export function placeMlp(
     'MLP',
     block,
     [...text, ...shownShare(kept)],
-    [
-      [columns.name, 'neuron'],
-      [columns.key, gated ? 'gate' : 'key'],
-      ...(gated ? [[columns.up, 'up'] as const] : []),
-      [columns.activation + ACTIVATION / 2, 'activation', 'middle'],
-      [columns.value, 'value'],
-    ],
+    isWhole(block)
+      ? []
+      : [
+          [columns.name, 'neuron'],
+          [columns.key, gated ? 'gate' : 'key'],
+          ...(gated ? [[columns.up, 'up'] as const] : []),
+          [columns.activation + ACTIVATION / 2, 'activation', 'middle'],
+          [columns.value, 'value'],
+        ],
   )
   const rows: Stacked[] = []
   let y = at.y + HEAD
@@ -206,9 +208,7 @@ export function placeMlp(
 }
 
 /** Height of the block's rows; attention's block is stretched to it. */
-export function mlpHeight(model: LayerModel, filter: Filter): number {
-  if (filter.hidden.has('mlp')) return 0
-  const { rest, bias, rows } = model.mlp
+export function mlpHeight({ rest, bias, rows }: Block<NeuronRow>, filter: Filter): number {
   const { shown, hidden } = passing(rows, filter)
   const lines =
     shown.length +

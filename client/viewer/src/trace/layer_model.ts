@@ -58,8 +58,9 @@ export interface LayerModel {
   /** The previous residual's share in `mid` and in `after`. */
   keptByMid: number | undefined
   keptByAfter: number | undefined
-  attention: Block<HeadRow>
-  mlp: Block<NeuronRow>
+  /** Attention or a mixer; undefined if the layer has neither. */
+  attention: Block<HeadRow> | undefined
+  mlp: Block<NeuronRow> | undefined
 }
 
 export function layerModel(graph: FlowGraph, layer: number, position: number): LayerModel {
@@ -78,9 +79,14 @@ export function layerModel(graph: FlowGraph, layer: number, position: number): L
     after,
     keptByMid: mid && before?.edge.share,
     keptByAfter: mid ? shareIn(graph, mid, after) : before?.edge.share,
-    attention: attentionBlock(graph, layer, position),
-    mlp: mlpBlock(graph, layer, position),
+    attention: existing(attentionBlock(graph, layer, position)),
+    mlp: existing(mlpBlock(graph, layer, position)),
   }
+}
+
+/** A block of which the graph has a part or the result. */
+function existing<Item extends Row>(block: Block<Item>): Block<Item> | undefined {
+  return block.output || block.sum ? block : undefined
 }
 
 function shareIn(

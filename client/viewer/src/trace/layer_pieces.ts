@@ -212,8 +212,14 @@ export function heading(
   }
 }
 
+/** Whether the trace does not divide the block's result into parts. */
+export function isWhole({ rows, rest }: Block<Row>): boolean {
+  return rows.length === 0 && rest === undefined
+}
+
 /** "25 of 512 neurons · 2 % cancels out". */
 export function summary(block: Block<Row>, shown: number, all: number | undefined, what: string) {
+  if (isWhole(block)) return [`not divided into ${what}`]
   const parts = [...block.rows, block.rest, block.bias].map((row) => finite(row?.share))
   const minus = parts.filter((share) => share < 0).reduce((a, b) => a + b, 0)
   return [

@@ -279,7 +279,7 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .attr('class', 'flag-box')
     .attr('x', at.panelX + 10)
     .attr('y', (m) => labelY(m) - 9)
-    .attr('width', (m) => m.text.length * 5.9 + 22)
+    .attr('width', (m) => m.text.length * 6.3 + 22)
     .attr('height', 18)
     .attr('rx', 9)
   flag
@@ -303,8 +303,8 @@ const LABEL_FITS = 20 // px, height of a cell
 
 function flagText({ name, node }: ResidualStep): string {
   if (node.layer === undefined) return '▲ first from the embedding'
-  const sublayer = { '+ attention': '’s attention', '+ MLP': '’s MLP' }[name as string] ?? ''
-  return `▲ first from L${node.layer}${sublayer}`
+  const sublayer = name.replace('+ ', '’s ')
+  return `▲ first from L${node.layer}${sublayer.includes(' and ') ? '' : sublayer}`
 }
 
 // The legend is a part of the picture, so that an exported picture has it.
@@ -348,6 +348,20 @@ function drawLegend(svg: Svg, keys: readonly Key[], y: number): void {
     .text((key) => key.text)
 }
 
+/** The keys of the sublayers that the blocks have; mixers have attention's colour, and no arcs. */
+function sublayerKeys(grid: Grid): [string, string][] {
+  const { graph, position } = grid
+  const has = (kind: string) =>
+    [...graph.layers].some((layer) => graph.at(layer, position, kind) !== undefined)
+  const mixers = has('MIXER_OUTPUT')
+  const attention = !mixers || has('ATTENTION_OUTPUT') ? arcLegend(grid) : ''
+  const keys: [string, string][] = [
+    ['attention', [attention, mixers ? 'mixer' : ''].filter(Boolean).join(', or ')],
+  ]
+  if (!mixers || has('MLP_OUTPUT')) keys.push(['mlp', 'MLP'])
+  return keys
+}
+
 function keysFor(grid: Grid): Key[] {
   const title = `rank of ${fitted(grid.graph.targets.get(grid.position)?.target.label ?? '', 14)}`
   let x = 46
@@ -358,11 +372,7 @@ function keysFor(grid: Grid): Key[] {
     x += 60
   })
   x += 18
-  const lines: [string, string][] = [
-    ['attention', arcLegend(grid)],
-    ['mlp', 'MLP'],
-    ['residual', 'residual (width: norm)'],
-  ]
+  const lines: [string, string][] = [...sublayerKeys(grid), ['residual', 'residual (width: norm)']]
   const widthOf = (text: string) => 22 + text.length * 5.6 + 16
   const together = lines.reduce((sum, [, text]) => sum + widthOf(text), 0)
   const line = x + together - 16 > grid.at.width ? 1 : 0
