@@ -311,6 +311,19 @@ def test_what_would_not_be_exact_is_refused(
         ("qwen35", {"ssm.inner_size": 25}, "has 6 heads in 25 dimensions"),
         ("qwen35", {"rope.dimension_sections": [2, 2, 2]}, "sections [2, 2, 2] for 8 dimensions"),
         ("qwen35", {"full_attention_interval": 0}, "invalid setting full_attention_interval 0"),
+        ("qwen3next", {"ssm.inner_size": 48}, "ssm_conv1d.weight' has shape [48, 3]: expected [72"),
+        ("mistral3", {"attention.temperature_scale": 0.1}, "temperature_scale without YaRN"),
+        (
+            "mistral3",
+            {
+                "attention.temperature_scale": 0.1,
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 2.0,
+                "rope.scaling.original_context_length": 8,
+            },
+            "lacks the setting attention.temperature_scale or rope.scaling.yarn_log_multiplier",
+        ),
+        ("lfm2moe", {"expert_gating_func": 1}, "router is not the model's: expected expert_gating"),
         ("deepseek2", {"expert_gating_func": 1}, "router is not the model's: expected exper"),
         ("deepseek2", {"attention.head_count_kv": 4}, "has [4, 16, 12] heads and widths of latent"),
         (
@@ -341,6 +354,13 @@ def test_maps_of_other_shapes_are_refused(tmp_path: Path) -> None:
     assert "have shapes [[4, 6, 12], [4, 8, 12]]: expected [[4, 12, 6], [4, 8, 12]]" in (
         refusal(path)
     )
+
+
+def test_rows_that_are_split_elsewhere_are_refused(tmp_path: Path) -> None:
+    changed = {"qkv": np.zeros((66, 32), np.float32), "gate": np.zeros((6, 32), np.float32)}
+    further = {f"blk.0.attn_{name}.weight": values for name, values in changed.items()}
+    path = write(tmp_path / "tiny.gguf", "qwen3next", further=further)
+    assert "has 66 and 6 rows for a delta network: expected 48 and 24" in refusal(path)
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from januslens_server.errors import ModelFailed, shortlist
-from januslens_server.models.gguf_families import (
+from januslens_server.models.gguf_families import FAMILIES
+from januslens_server.models.gguf_family import (
     ATTRIBUTES,
     DEFAULT_BASE,
-    FAMILIES,
     FREQUENCIES,
     FURTHER,
     LINEAR,
