@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from januslens_server.capture.hooks import nth_tensor
 from januslens_server.models.adapters.observed_pass import is_norm, scales, solved_factors
+from januslens_server.models.matrices import read_parameter
 
 # Maximum difference between a solved factor and one of the configuration, relative to it; and
 # between sums, relative to the residual stream.
@@ -221,10 +222,10 @@ class _Summand:
 
     def vectors(self, block: BlockCall) -> torch.Tensor:
         """Return the summand before `factor`, flattened, in float64 on the host."""
-        vectors = (block.input if self.call is None else self.call.output).double()
+        vectors = (block.input if self.call is None else self.call.output).double().cpu()
         for name in self.by:
-            vectors = vectors * block.module.get_parameter(name).double().flatten()
-        return vectors.flatten().cpu()
+            vectors = vectors * read_parameter(block.module, name).double().flatten().cpu()
+        return vectors.flatten()
 
 
 def _summands(candidates: Sequence[BlockCall], block: BlockCall) -> list[_Summand]:

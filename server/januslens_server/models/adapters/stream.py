@@ -137,7 +137,8 @@ def _broken(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[_Call]]) ->
     """Return why these blocks pass no residual stream on, or None if they do."""
     counts = [len(calls.get(block, [])) for block in blocks]
     if any(count != 1 for count in counts):
-        return f"a pass calls its blocks {min(counts)} to {max(counts)} times"
+        times = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+        return f"a pass calls its blocks {times} times"
     called = [calls[block][0] for block in blocks]
     for layer, call in enumerate(called):
         if (streams := _streams(call)) > 1:
