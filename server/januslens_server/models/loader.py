@@ -15,7 +15,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils.tqdm import tqdm
 from safetensors import safe_open
@@ -305,7 +305,12 @@ def _fetched(
     try:
         with online():
             found = snapshot_download(
-                location, revision=revision, allow_patterns=list(files), tqdm_class=Reported
+                location,
+                revision=revision,
+                allow_patterns=list(files),
+                tqdm_class=Reported,
+                # Versions before 2 ask the hub for the files of a commit even if it is cached.
+                local_files_only=is_offline_mode(),
             )
             return Path(found)
     except (OSError, HFValidationError) as error:
