@@ -51,6 +51,13 @@ TORCH_PARTS := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addpref
 	cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse \
 	cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
+# A machine with a GPU often has PyTorch and transformers, but no package index. These packages come
+# with them; the others are carried as wheels.
+GPU_PYTHON  ?= 3.12
+GPU_WHEELS  := build/gpu-wheels
+GPU_HAS     := $(TORCH_PARTS) filelock fsspec hf-xet huggingface-hub mpmath networkx numpy \
+	regex safetensors setuptools sympy tokenizers transformers
+
 # pip-audit has its own environment, so that its dependencies are not audited.
 AUDIT_VENV  := .cache/audit-venv
 AUDIT_BIN   := $(AUDIT_VENV)/bin
@@ -61,7 +68,7 @@ WORKERS      = $(shell python3 -c "import os; print(min(4, os.cpu_count() + 1))"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs contract lock release stubs client viewer census check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak real audit bench gpu-wheels check check-deploy check-image check-stubs contract lock release stubs client viewer census check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -74,6 +81,15 @@ demo: $(DEMO_SETUP) ## Start the demo server, run a trace and a gradient, stop t
 
 test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP) $(CONFORMANCE)) ## Run the tests
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+
+gpu-wheels: $(SETUP) ## Collect in build/gpu-wheels what a GPU machine without a package index lacks
+	rm -rf $(GPU_WHEELS) && mkdir -p $(GPU_WHEELS)
+	sed -n 's/^\([a-z0-9-]*==[^ ]*\).*/\1/p' $(LOCK) | grep -v -E "^($(subst $(eval ) ,|,$(GPU_HAS)))==" \
+		> $(GPU_WHEELS)/requirements.txt
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest $(GPU_WHEELS) \
+		--python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+		--requirement $(GPU_WHEELS)/requirements.txt pytest pytest-asyncio iniconfig pluggy
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(GPU_WHEELS) .
 
 bench: $(SETUP) ## Measure the figures of docs/performance.md (minutes, on an idle machine)
 	$(BIN)/python -m tests.benchmarks
