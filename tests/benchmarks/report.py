@@ -56,4 +56,6 @@ def write(rows: Sequence[Row], machine: str, path: Path) -> None:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
+    if abs(value) >= 20 or value == 0:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.0e}"
