@@ -97,6 +97,7 @@ CHOSEN = (
             "gemma4_text",
             "falcon_h1",
             "nemotron_h",
+            "glm_moe_dsa",
         }
     ),
     QWEN3_NEXT,
