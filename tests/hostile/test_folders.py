@@ -223,7 +223,7 @@ def test_no_kernel_is_fetched_where_the_package_is_installed(tmp_path: Path) -> 
 def layers(count: int) -> Callable[[Path], str]:
     def bomb(folder: Path) -> str:
         describe(folder, n_layer=count)
-        return "n_layer is too large" if count > 10_000 else "the weights hold only 52 tensors"
+        return "n_layer is too large" if count > 16_384 else "the weights hold only 52 tensors"
 
     return bomb
 

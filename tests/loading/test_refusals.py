@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
-from januslens_server.models.vetting import one_line
+from januslens_server.models.vetting import check_keys, one_line
 from tests.architectures.cases import CASES
+from tests.architectures.census import recorded
 from tests.architectures.tiny_models import plain
 from tests.loading.folders import saved
 
@@ -92,6 +93,12 @@ def test_code_of_a_model_is_never_run(source: ModelSource) -> None:
 def test_known_families_that_also_bring_code_are_served_without_it(source: ModelSource) -> None:
     describe(source, auto_map={"AutoModelForCausalLM": "code.Novel"})
     assert load(source).provenance.architecture == "GPT2LMHeadModel"
+
+
+def test_default_configurations_of_served_types_are_within_the_bounds() -> None:
+    for family in (found.family for found in recorded() if found.state == "served"):
+        described = AutoConfig.for_model(family).to_json_string(use_diff=False)
+        check_keys("config.json", json.loads(described))
 
 
 def test_unknown_model_type_is_refused(source: ModelSource) -> None:

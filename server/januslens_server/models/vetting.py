@@ -95,9 +95,10 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 ADAPTER = "adapter_config.json"
 DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
-# Counts from which configurations and models build lists: of layers, experts, labels.
+# Counts from which configurations and models build lists: of layers, experts, labels. The largest
+# in a default configuration of transformers is 16,384 experts (Doge, also where it has none).
 COUNT = re.compile(r"(layers?|experts?|labels?|attention_types)$")
-MAX_COUNT = 10_000
+MAX_COUNT = 16_384
 
 # Fractions of a head that rotary embeddings rotate. Larger ones allocate tables of any width.
 FRACTIONS = frozenset({"partial_rotary_factor", "rope_pct", "rotary_emb_fraction", "rotary_pct"})
