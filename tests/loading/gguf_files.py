@@ -6,6 +6,7 @@ written with gguf's own writer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,19 @@ CASES = {
             "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
         },
     ),
+    "gemma3 of newer converters": Case(
+        "gemma3_text",
+        "gguf, base of windows",
+        WIDE
+        | GEMMA
+        | {"layer_types": None, "num_hidden_layers": 6}
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+            }
+        },
+    ),
     "hunyuan-dense": Case("hunyuan_v1_dense", "gguf", WIDE | HEADS),
     "lfm2moe": Case(
         "lfm2_moe",
@@ -225,6 +239,25 @@ CASES = {
     "olmoe": Case(
         "olmoe", "gguf", {"intermediate_size": 32, "num_key_value_heads": 2} | FEW_EXPERTS
     ),
+    "phi3 without window": Case("phi3", "gguf, no window", WIDE | {"num_key_value_heads": 2}),
+    "phi3 with LongRoPE": Case(
+        "phi3",
+        "gguf, LongRoPE",
+        WIDE
+        | {
+            "num_key_value_heads": 2,
+            "sliding_window": 262144,
+            "original_max_position_embeddings": 8,  # shorter than the prompt
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [1.0, 3.0],
+                "original_max_position_embeddings": 8,
+            },
+        },
+    ),
     "phi3": Case("phi3", "gguf", WIDE | {"num_key_value_heads": 2, "sliding_window": 4}),
     "granite": Case("granite", "gguf", WIDE | GRANITE_MULTIPLIERS | {"num_key_value_heads": 2}),
     "granitemoe": Case(
@@ -270,7 +303,10 @@ ARCHITECTURES = {
     "llama 3": "llama",
     "mixtral": "llama",
     "gemma3 scaled": "gemma3",
+    "gemma3 of newer converters": "gemma3",
     "gemma4 with experts": "gemma4",
+    "phi3 with LongRoPE": "phi3",
+    "phi3 without window": "phi3",
     "qwen3 with YaRN": "qwen3",
     "mistral3 with YaRN": "mistral3",
 }
@@ -345,11 +381,35 @@ def windowed_settings(config: Any) -> Settings:
     return decoder_settings(config) | {"attention.sliding_window": config.sliding_window}
 
 
+def phi3_settings(config: Any) -> Settings:
+    """Phi's files have no width of heads."""
+    rotary = config.rope_parameters
+    width = config.hidden_size // config.num_attention_heads
+    found = decoder_settings(config) | {
+        "attention.sliding_window": config.sliding_window or 0,
+        "rope.dimension_count": int(width * rotary.get("partial_rotary_factor", 1)),
+        "rope.scaling.original_context_length": config.original_max_position_embeddings,
+    }
+    del found["attention.key_length"], found["attention.value_length"]
+    if rotary["rope_type"] == "longrope":
+        original, whole = config.original_max_position_embeddings, config.max_position_embeddings
+        factor = math.sqrt(1 + math.log(whole / original) / math.log(original))
+        found |= {"rope.scaling.attn_factor": factor, "rope.scaling.type": "longrope"}
+    return found
+
+
 def gemma2_settings(config: Any) -> Settings:
     return windowed_settings(config) | {
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
+
+
+def gemma3_settings(config: Any) -> Settings:
+    """Older converters wrote no base for layers with a window, which was the default."""
+    local = config.rope_parameters["sliding_attention"]["rope_theta"]
+    base = {} if local == 10000.0 else {"rope.freq_base_swa": local}
+    return windowed_settings(config) | base
 
 
 def gemma4_settings(config: Any) -> Settings:
@@ -512,7 +572,7 @@ IMAGES = {"rope.dimension_sections": [2, 2, 2, 0], "n_deepstack_layers": 3}
 SETTINGS: dict[str, Callable[[Any], Settings]] = {
     "deepseek2": deepseek2_settings,
     "gemma2": gemma2_settings,
-    "gemma3": windowed_settings,
+    "gemma3": gemma3_settings,
     "gemma4": gemma4_settings,
     "gpt-oss": lambda config: (
         windowed_settings(config) | {"expert_feed_forward_length": config.intermediate_size}
@@ -520,10 +580,18 @@ SETTINGS: dict[str, Callable[[Any], Settings]] = {
     "gpt2": lambda config: {"attention.layer_norm_epsilon": config.layer_norm_epsilon},
     "granite": granite_settings,
     "granitemoe": granite_settings,
+    "hunyuan-dense": lambda config: (
+        decoder_settings(config)
+        | {
+            "rope.scaling.type": "none",
+            "rope.scaling.factor": 1.0,
+            "rope.scaling.original_context_length": 32,
+        }
+    ),
     "lfm2": lfm2_settings,
     "lfm2moe": lfm2moe_settings,
     "mistral3": mistral3_settings,
-    "phi3": windowed_settings,
+    "phi3": phi3_settings,
     "qwen2moe": qwen2moe_settings,
     "qwen2vl": lambda config: decoder_settings(config) | {"rope.dimension_sections": [2, 1, 1, 0]},
     "qwen35": qwen35_settings,
@@ -556,6 +624,10 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
         written[f"blk.{n_layers}.nextn.eh_proj.weight"] = np.ones((2, 32), np.float32)
     if family == "gemma4":
         written["rope_freqs.weight"] = np.array([1, 1, *[1e30] * 6], np.float32)
+    if case.name == "gguf, LongRoPE":
+        for length in ("short", "long"):
+            factors = network.config.rope_parameters[f"{length}_factor"]
+            written[f"rope_factors_{length}.weight"] = np.array(factors, np.float32)
     if case.name == "gguf, 3":
         written["rope_freqs.weight"] = divisors(network)
     return written

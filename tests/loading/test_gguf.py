@@ -311,6 +311,18 @@ def test_what_would_not_be_exact_is_refused(
         ("qwen35", {"ssm.inner_size": 25}, "has 6 heads in 25 dimensions"),
         ("qwen35", {"rope.dimension_sections": [2, 2, 2]}, "sections [2, 2, 2] for 8 dimensions"),
         ("qwen35", {"full_attention_interval": 0}, "invalid setting full_attention_interval 0"),
+        ("phi3", {"rope.scaling.type": "longrope"}, "has LongRoPE without rope_factors_short.weig"),
+        (
+            "phi3",
+            {"rope.scaling.type": "yarn"},
+            "8 of 8 dimensions with rope.scaling 'yarn'; expec",
+        ),
+        ("phi3", {"rope.dimension_count": 10}, "the file rotates 10 of 8 dimensions"),
+        (
+            "phi3 with LongRoPE",
+            {"rope.scaling.attn_factor": 1.5},
+            "has rope.scaling.attn_factor 1.5, but transformers uses 1.29",
+        ),
         ("qwen3next", {"ssm.inner_size": 48}, "ssm_conv1d.weight' has shape [48, 3]: expected [72"),
         ("mistral3", {"attention.temperature_scale": 0.1}, "temperature_scale without YaRN"),
         (

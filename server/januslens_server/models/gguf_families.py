@@ -5,6 +5,7 @@ Metadata that a family does not mention may change the numbers, so a file with i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.gguf_family import (
+    DEFAULT_BASE,
     EXPERTS,
+    FREQUENCIES,
     IMAGES,
     LINEAR,
+    LOCAL_BASE,
     LOG_MULTIPLIER,
     SECTIONS,
     SHARED,
@@ -24,6 +28,7 @@ from januslens_server.models.gguf_family import (
     Settings,
     check_sigmoid,
     flag,
+    frequency_divisors,
     halves,
     joined,
     norms_less_one,
@@ -120,10 +125,73 @@ _LATENT = frozenset(
         "attention.value_length",
         "attention.value_length_mla",
         "expert_gating_func",
-        "expert_weights_norm",
         "leading_dense_block_count",
     }
 )
+_ORIGINAL, _ATTENTION = "rope.scaling.original_context_length", "rope.scaling.attn_factor"
+_PHI3 = frozenset(
+    {
+        _ATTENTION,
+        _ORIGINAL,
+        "attention.sliding_window",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.type",
+    }
+)
+# LongRoPE's divisors of frequencies in texts that are not longer than the original context, and
+# in longer ones.
+_LONG_ROPE = {
+    "rope_factors_short.weight": "short_factor",
+    "rope_factors_long.weight": "long_factor",
+}
+
+
+def _phi3(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Phi rotates a part of each head, may have LongRoPE, and a window of 0 stands for none."""
+    width = described["hidden_size"] // max(1, described["num_attention_heads"])
+    rotated = number(*stated(own, "rope.dimension_count"))
+    window = number("attention.sliding_window", own.get("attention.sliding_window", 0), least=0)
+    whole = described["max_position_embeddings"]
+    original = number(_ORIGINAL, own.get(_ORIGINAL, whole), least=2)
+    kind = own.get("rope.scaling.type", "none")
+    if rotated > width or kind not in ("none", "longrope"):
+        raise ModelFailed(
+            f"the file rotates {rotated} of {width} dimensions with rope.scaling {kind!r:.80}; "
+            f"expected at most {width}, and 'longrope' or 'none'; {ADVICE}"
+        )
+    rotary: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": real("rope.freq_base", own.get("rope.freq_base", DEFAULT_BASE)),
+        "partial_rotary_factor": rotated / width,
+    }
+    if found := _LONG_ROPE.keys() & header.tensors.keys():
+        factor = whole / original
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        if not math.isclose(real(_ATTENTION, own.get(_ATTENTION)), attention, rel_tol=1e-5):
+            raise ModelFailed(
+                f"the file has {_ATTENTION} {own[_ATTENTION]!r}, but transformers uses {attention}"
+                f"; {ADVICE}"
+            )
+        rotary |= {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": original,
+            **{
+                _LONG_ROPE[name]: frequency_divisors(header, rotated, name).tolist()
+                for name in found
+            },
+        }
+    elif kind != "none" or _ATTENTION in own:
+        raise ModelFailed(f"the file has LongRoPE without {' and '.join(_LONG_ROPE)}; {ADVICE}")
+    return {
+        "sliding_window": window or None,
+        "original_max_position_embeddings": original,
+        "rope_parameters": rotary,
+    }
+
+
+# Whether the weights of the chosen experts are divided by their sum; files do not say no.
+_NORMED = "expert_weights_norm"
 
 
 def _deepseek(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +212,7 @@ def _deepseek(header: GGUFHeader, own: Settings, described: Mapping[str, Any]) -
         "qk_nope_head_dim": whole - rotated,
         "v_head_dim": number(*stated(own, "attention.value_length_mla")),
         "first_k_dense_replace": number(*stated(own, "leading_dense_block_count"), least=0),
-        "norm_topk_prob": flag(*stated(own, "expert_weights_norm")),
+        "norm_topk_prob": flag(_NORMED, own.get(_NORMED, False)),
         "q_lora_rank": described.get("q_lora_rank"),
         "num_mtp_layers": 0,
     }
@@ -190,7 +258,7 @@ FAMILIES: Mapping[str, Family] = {
         "deepseek_v3",
         attributes=_DEEPSEEK,
         required=_LATENT | _DEEPSEEK.keys() - {"attention.q_lora_rank"},
-        own=_LATENT | {LOG_MULTIPLIER},
+        own=_LATENT | {LOG_MULTIPLIER, _NORMED},
         describe=_deepseek,
         scalings=(YARN,),
         yarn=_deepseek_yarn,
@@ -205,8 +273,10 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3": Family(
         "gemma3_text",
         required=frozenset({"attention.sliding_window"}),
+        own=frozenset({LOCAL_BASE}),
         describe=_head_scale,
         scalings=(LINEAR,),
+        local_base=True,
         restore=norms_less_one,
     ),
     "gemma4": GEMMA4,
@@ -232,7 +302,13 @@ FAMILIES: Mapping[str, Family] = {
     "hunyuan-dense": Family("hunyuan_v1_dense", required=frozenset({"attention.key_length"})),
     "lfm2": LFM2,
     "lfm2moe": LFM2_MOE,
-    "llama": Family("llama", attributes=_LOCAL_EXPERTS, describe=_mixture_of_llama, restore=halves),
+    "llama": Family(
+        "llama",
+        attributes=_LOCAL_EXPERTS,
+        describe=_mixture_of_llama,
+        tensors=frozenset({FREQUENCIES}),
+        restore=halves,
+    ),
     "mistral3": Family(
         "llama",
         required=frozenset({"attention.key_length"}),
@@ -245,7 +321,14 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": Family(
         "olmoe", attributes={key: EXPERTS[key] for key in ("expert_count", "expert_used_count")}
     ),
-    "phi3": Family("phi3"),
+    "phi3": Family(
+        "phi3",
+        required=frozenset({"rope.dimension_count"}),
+        own=_PHI3,
+        describe=_phi3,
+        scalings=(),
+        tensors=frozenset(_LONG_ROPE),
+    ),
     "qwen2": Family("qwen2"),
     "qwen2moe": Family(
         "qwen2_moe",

@@ -40,6 +40,8 @@ EPSILON = "attention.layer_norm_rms_epsilon"
 
 # The base of rotary embeddings in files without rope.freq_base, as in llama.cpp.
 DEFAULT_BASE = 1e4
+# The key of the base in layers with a window.
+LOCAL_BASE = "rope.freq_base_swa"
 # Scalings of rotary embeddings: a division of all positions, and YaRN's.
 LINEAR, YARN = "linear", "yarn"
 # What frequencies are divided by. Values in it, half of a head's dimensions.
@@ -91,8 +93,10 @@ class Family:
         own: Keys whose values `describe` turns into attributes.
         describe: Returns attributes for the header, the values of `own` and the attributes that
             are known. May return `model_type`.
+        local_base: Whether layers with a window have a rotation of their own, which is not scaled.
         scalings: The scalings of rotary embeddings that are read.
         yarn: Further parameters of YaRN for the values of `own`.
+        tensors: Stored tensors that are settings and not weights.
         modules: Replacements in the names of modules, so that the `gguf` library knows them.
         stored: The last parts of stored names that the library does not know, by those of
             parameters.
@@ -110,8 +114,10 @@ class Family:
     describe: Callable[[GGUFHeader, Settings, Mapping[str, Any]], dict[str, Any]] = (
         lambda _header, _own, _described: {}
     )
+    local_base: bool = False
     scalings: tuple[str, ...] = (LINEAR, YARN)
     yarn: Callable[[Settings], dict[str, Any]] = lambda _own: {}
+    tensors: frozenset[str] = frozenset()
     modules: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STACKED)
@@ -160,14 +166,17 @@ def by_layer(key: str, value: object, header: GGUFHeader, read: Callable[..., An
     return [read(key, item) for item in values]
 
 
-def frequency_divisors(header: GGUFHeader, d_head: float) -> np.ndarray:
+def frequency_divisors(header: GGUFHeader, d_head: float, name: str = FREQUENCIES) -> np.ndarray:
     """Return what the frequencies of rotary embeddings are divided by, `[d_head / 2]`."""
-    tensor = header.tensors[FREQUENCIES]
+    tensor = header.tensors[name]
     if tensor.kind != "F32" or len(tensor.shape) != 1:
-        raise ModelFailed(f"the file has tensors that are not read: {FREQUENCIES}; {ADVICE}")
+        raise ModelFailed(
+            f"the file has a tensor {name} of type {tensor.kind} {list(tensor.shape)}; expected "
+            "one dimension of F32"
+        )
     if 2 * tensor.size != d_head or tensor.size > MAX_FREQUENCIES:
         raise ModelFailed(
-            f"the file has {tensor.size} values in {FREQUENCIES} for heads of {d_head:g} "
+            f"the file has {tensor.size} values in {name} for heads of {d_head:g} "
             f"dimensions; expected half as many, at most {MAX_FREQUENCIES}"
         )
     return header.stored_bytes(tensor).view("<f4").astype(np.float64)

@@ -14,6 +14,7 @@ from januslens_server.models.gguf_family import (
     EXPERTS,
     FREQUENCIES,
     FURTHER,
+    LOCAL_BASE,
     NOT_ROTATED,
     SECTIONS,
     SHARED,
@@ -45,7 +46,7 @@ _GEMMA4_KEYS = frozenset(
         "rope.dimension_count",
         "rope.dimension_count_swa",
         "rope.freq_base",
-        "rope.freq_base_swa",
+        LOCAL_BASE,
     }
 )
 
@@ -120,7 +121,7 @@ def _gemma4_rotation(header: GGUFHeader, own: Settings) -> dict[str, Any]:
     if not (divisors[:n_rotated] == 1).all() or (divisors[n_rotated:] < NOT_ROTATED).any():
         raise ModelFailed(f"the file has {FREQUENCIES} with divisors that are not read; {ADVICE}")
     base, local_base = (
-        real(key, own.get(key, DEFAULT_BASE)) for key in ("rope.freq_base", "rope.freq_base_swa")
+        real(key, own.get(key, DEFAULT_BASE)) for key in ("rope.freq_base", LOCAL_BASE)
     )
     return {
         "head_dim": sizes["_swa"],
@@ -139,10 +140,11 @@ def _gemma4_rotation(header: GGUFHeader, own: Settings) -> dict[str, Any]:
 GEMMA4 = Family(
     "gemma4_text",
     attributes=EXPERTS | {"expert_used_count": "top_k_experts"},
-    required=_GEMMA4_KEYS - {"rope.freq_base_swa"} | {"attention.sliding_window"},
+    required=_GEMMA4_KEYS - {LOCAL_BASE} | {"attention.sliding_window"},
     own=_GEMMA4_KEYS,
     describe=_gemma4,
     scalings=(),
+    tensors=frozenset({FREQUENCIES}),
     stored={
         ".router.scale": "ffn_gate_inp.scale",
         ".router.per_expert_scale": "ffn_down_exps.scale",

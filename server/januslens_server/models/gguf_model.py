@@ -24,6 +24,7 @@ from januslens_server.models.gguf_family import (
     FREQUENCIES,
     FURTHER,
     LINEAR,
+    LOCAL_BASE,
     REQUIRED,
     YARN,
     Family,
@@ -94,8 +95,10 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
     model_type = described.pop("model_type", family.model_type)
     if family.scalings and "rope_parameters" not in described:
         described.setdefault("rope_theta", DEFAULT_BASE)
-        if rotary := _rotary(header, family, own, scaling, described):
-            described["rope_parameters"] = _with_base(family, rotary, described.pop("rope_theta"))
+        rotary = _rotary(header, family, own, scaling, described)
+        if rotary or family.local_base:
+            base = described.pop("rope_theta")
+            described["rope_parameters"] = _with_base(family, own, rotary, base)
     elif scaling:
         raise ModelFailed(
             f"the file has settings that are not read: {shortlist(sorted(scaling))}; {ADVICE}"
@@ -150,7 +153,7 @@ def _settings(
             f"the file has settings that are not read: {shortlist(unknown)}; {ADVICE}"
         )
     if missing:
-        raise ModelFailed(f"the file lacks the settings {shortlist(missing)}")
+        raise ModelFailed(f"the file lacks the settings {shortlist(missing)}; {ADVICE}")
     return {key: _setting(key, value) for key, value in settings.items()}, own, scaling
 
 
@@ -197,7 +200,7 @@ def _rotary(
 ) -> dict[str, Any]:
     """Return the parameters of scaled rotary embeddings without their base; empty if unscaled."""
     kind = scaling.get(SCALING_TYPE, LINEAR if SCALING_FACTOR in scaling else UNSCALED)
-    if FREQUENCIES in header.tensors:
+    if FREQUENCIES in family.tensors & header.tensors.keys():
         if kind != UNSCALED:
             raise ModelFailed(f"the file scales its rotary embeddings twice; {ADVICE}")
         whole = described["hidden_size"] // max(1, described["num_attention_heads"])
@@ -217,12 +220,15 @@ def _rotary(
     return {"rope_type": kind} | found | (family.yarn(own) if kind == YARN else {})
 
 
-def _with_base(family: Family, rotary: Mapping[str, Any], base: float) -> dict[str, Any]:
-    """Return the parameters with their base; in Gemma 3 they are those of layers without window."""
-    scaled = {**rotary, "rope_theta": base}
-    if family.model_type != "gemma3_text":
+def _with_base(
+    family: Family, own: Settings, rotary: Mapping[str, Any], base: float
+) -> dict[str, Any]:
+    """Return the parameters with their base, by kind of layer if there are several."""
+    scaled = {"rope_type": "default", **rotary, "rope_theta": base}
+    if not family.local_base:
         return scaled
-    local = {"rope_type": "default", "rope_theta": DEFAULT_BASE}
+    local_base = real(LOCAL_BASE, own.get(LOCAL_BASE, DEFAULT_BASE))
+    local = {"rope_type": "default", "rope_theta": local_base}
     return {"full_attention": scaled, "sliding_attention": local}
 
 
@@ -233,8 +239,6 @@ def _llama_3(header: GGUFHeader, d_head: float) -> dict[str, Any]:
     1 for w < c / 4, f for w > c, and between them 1 / ((1 - t) / f + t) with t = (c / w - 1) / 3
     (Llama 3.1's `apply_scaling`; the converters of llama.cpp store the divisors).
     """
-    if header.architecture != "llama":
-        raise ModelFailed(f"the file has tensors that are not read: {FREQUENCIES}; {ADVICE}")
     stored = frequency_divisors(header, d_head)
     base = float(header.metadata.get("llama.rope.freq_base", DEFAULT_BASE))
     steps = np.arange(len(stored)) / len(stored)
@@ -266,7 +270,7 @@ def read_weights(
     read = {name for found in sources.values() for name in found}
     if f"{header.architecture}.{FURTHER}" in header.metadata:
         read |= {name for name in header.tensors if _layer(name) >= config.num_hidden_layers}
-    if unused := sorted(header.tensors.keys() - read - {FREQUENCIES}):
+    if unused := sorted(header.tensors.keys() - read - family.tensors):
         raise ModelFailed(f"the file has tensors that are not read: {shortlist(unused)}; {ADVICE}")
     weights: dict[str, torch.Tensor] = {}
     for parameter, names in sources.items():
