@@ -1,4 +1,4 @@
-"""The experts of an MLP: their matrices, captured routing, gradients and edits.
+"""The experts of an MLP: their matrices, captured routing and gradients.
 
 transformers stores the routed experts of a layer in 3-D parameters instead of linear modules. A
 shared expert, which every position uses, consists of linear modules.
@@ -6,7 +6,7 @@ shared expert, which every position uses, consists of linear modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from januslens_server.capture import End, LowRank, NeuronChange, Routing, Tap
+from januslens_server.capture import End, NeuronChange, Routing, Tap
 from januslens_server.capture.hooks import Columns, nth_tensor, rows, select
 from januslens_server.graph.mlp import Activation, Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
@@ -317,6 +317,10 @@ class Experts:
             yield own if latent is None else own.float() @ latent.up.weight.float()
 
 
+# Which result of `Expert.hidden` a matrix gives.
+HIDDEN_OF = {MatrixKind.FF1: 0, MatrixKind.GATE: 0, MatrixKind.UP: 1}
+
+
 @dataclass(frozen=True)
 class ExpertMatrices:
     """One kind of matrix for all experts of a layer.
@@ -454,98 +458,3 @@ class ExpertMatrices:
         if self.kind is MatrixKind.FF2:
             return None
         return self.experts.up if self.kind is MatrixKind.UP else self.experts.gate
-
-
-# Which result of `Expert.hidden` a matrix gives.
-HIDDEN_OF = {MatrixKind.FF1: 0, MatrixKind.GATE: 0, MatrixKind.UP: 1}
-
-# Changes of matrices by expert and kind.
-ExpertChanges = dict[int, dict[MatrixKind, LowRank]]
-
-
-@dataclass(frozen=True)
-class ExpertOverlay:
-    """Overlay that changes matrices of some routed experts of one MLP.
-
-    An expert is not linear in its first matrices. What a change adds to its result is therefore the
-    difference of two runs, on the positions that are routed to it. `neuron_change` is what
-    interventions do to the neurons of both runs.
-    """
-
-    layer: int
-    experts: Experts
-    changes: ExpertChanges
-    neuron_change: NeuronChange | None = None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that contains all routed experts of the MLP."""
-        return self.experts.module
-
-    def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """What the module returns, with the changes applied."""
-        return _with_moved(self.experts, args, output, self.changes, self._moved)
-
-    def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Difference that the changes make to one expert's result for `x` `[n, d_in]`."""
-        expert, changes = self.experts.expert(index), self.changes[index]
-        hidden = expert.hidden(x)
-        before = expert.activation(*hidden)
-        for kind, change in changes.items():
-            if kind in HIDDEN_OF:
-                hidden[HIDDEN_OF[kind]] = hidden[HIDDEN_OF[kind]] + change.times(x)
-        after = expert.activation(*hidden)
-        if self.neuron_change is not None:
-            before, after = (self.neuron_change(index, positions, n) for n in (before, after))
-        moved = (after - before) @ expert.ff2
-        if MatrixKind.FF2 in changes:
-            moved = moved + changes[MatrixKind.FF2].times(after)
-        return moved
-
-
-@dataclass(frozen=True)
-class NeuronOverlay:
-    """Overlay that changes neurons of the routed experts `numbers` of one MLP.
-
-    The models' own kernels do not return the neurons. So they are computed again, and what the
-    change adds to the experts' results is added.
-    """
-
-    experts: Experts
-    numbers: Sequence[int]
-    change: NeuronChange
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that contains all routed experts of the MLP."""
-        return self.experts.module
-
-    def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """What the module returns, with the neurons changed."""
-        return _with_moved(self.experts, args, output, self.numbers, self._moved)
-
-    def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        expert = self.experts.expert(index)
-        neurons = expert.neurons(x)
-        return (self.change(index, positions, neurons) - neurons) @ expert.ff2
-
-
-def _with_moved(
-    experts: Experts,
-    args: tuple[Any, ...],
-    output: torch.Tensor,
-    numbers: Iterable[int],
-    moved: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Add differences to what the experts' module returned for its arguments.
-
-    `moved` returns the difference of one expert's result, given its number, the positions that are
-    routed to it and their inputs in float32.
-    """
-    added = torch.zeros(output.shape, device=output.device)
-    for index in numbers:
-        call = experts.call(args, index)
-        if len(call.positions):
-            own = call.weights * moved(index, call.positions, call.x)
-            added = added.index_add(0, call.rows, own)
-    return output + added.to(output.dtype)

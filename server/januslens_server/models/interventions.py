@@ -21,7 +21,7 @@ from januslens_server.capture import HiddenSources, NeuronChange, Overlay, overl
 from januslens_server.capture.hooks import rewriting_result, seeing
 from januslens_server.errors import CancelCheck
 from januslens_server.graph.weights import attention_patterns
-from januslens_server.models.experts import ExpertOverlay, NeuronOverlay
+from januslens_server.models.expert_overlays import ExpertOverlay, NeuronOverlay
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.site_taps import SiteTap
 from januslens_server.models.sites import SiteKey, site_experts, site_shape, site_tap

@@ -27,7 +27,8 @@ from januslens_server.capture.hooks import rows
 from januslens_server.errors import shortlist
 from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, Scoring
 from januslens_server.lens.head import LensHead
-from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
+from januslens_server.models.expert_overlays import ExpertChanges, ExpertOverlay
+from januslens_server.models.experts import ExpertMatrices, Experts
 from januslens_server.models.matrices import Linear, MatrixKey, ModuleMap
 from januslens_server.results import (
     LayerLevel,
