@@ -6,6 +6,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from januslens_server.errors import ModelFailed
+from januslens_server.models.gguf_families import FAMILIES
 from januslens_server.models.gguf_file import read_header
+from januslens_server.models.gguf_model import read_configuration
 from januslens_server.results import ModelState
 from tests.architectures.cases import VOCABULARY
 from tests.hostile.test_folders import bounded, refusal, status_of
@@ -393,3 +397,24 @@ def test_settings_that_would_change_numbers_unnoticed_are_refused(
     file = Written(path, "mixtral")
     path.write_bytes(file.changed({f"llama.{key}": value for key, value in changes.items()}))
     assert expected in refusal(path)
+
+
+UNUSABLE = [0, -1, 2**31 - 1, 10**30, True, "x", [], [0], [1, 2, 3], [True] * 3, 1e38, math.nan]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deepseek2", "gemma4", "lfm2moe", "mistral3 with YaRN", "phi3 with LongRoPE", "qwen35"],
+)
+def test_settings_of_a_kind_of_layers_load_or_fail_in_one_line(name: str, tmp_path: Path) -> None:
+    """The configuration is built, or refused by one of the errors that `load` reports."""
+    header, reasons = read_header(write(tmp_path / "tiny.gguf", name)), []
+    for key in FAMILIES[header.architecture].own:
+        for value in UNUSABLE:
+            changed = {**header.metadata, f"{header.architecture}.{key}": value}
+            try:
+                read_configuration(replace(header, metadata=changed))
+            except ModelFailed as error:
+                reasons.append(str(error))
+    assert reasons
+    assert not any("\n" in reason for reason in reasons)

@@ -269,6 +269,7 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
         ({"settings": {"expert_count": 4}}, "lacks the settings expert_used_count"),
         ({"settings": {"expert_weights_scale": 2.0}}, "not read: expert_weights_scale"),
         ({"settings": {"rope.dimension_count": 4}}, "attention.key_length 8, but"),
+        ({"settings": {"embedding_length": 34}}, "tiny.gguf: Class validation error"),
         ({"settings": {"split.count": 3}}, "Join them: llama-gguf-split --merge FIRST_PART.gguf"),
         ({"settings": {"block_count": 10**9}}, "num_hidden_layers is too large"),
         ({"settings": {"attention.head_count": "4"}}, "expected a whole number"),

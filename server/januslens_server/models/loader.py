@@ -16,7 +16,7 @@ import safetensors
 import torch
 import transformers
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils.tqdm import tqdm
 from safetensors import safe_open
 from torch import nn
@@ -151,7 +151,14 @@ def load(source: ModelSource, progress: LoadingProgress | None = None) -> Reside
         check_weights(network, progress.advance)
         progress.finish_pass()
         view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))
-    except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+    except (
+        ModelFailed,
+        OSError,
+        ValueError,
+        RuntimeError,
+        StrictDataclassError,
+        safetensors.SafetensorError,
+    ) as error:
         raise ModelFailed(f"{source.location}: {one_line(error)}") from error
     except Exception as error:  # a hostile folder can raise anything in transformers
         logger.debug("model %s broke while it was loaded", source.name, exc_info=True)
