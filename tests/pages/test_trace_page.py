@@ -561,6 +561,35 @@ def test_exported_figures_stand_alone(
     assert int.from_bytes(png[16:20]) == round(millimetres / 25.4 * 300)
 
 
+@pytest.mark.parametrize("size", ["column", "page"])
+def test_texts_of_a_figure_for_a_paper_are_six_points_and_inside_of_it(
+    tab: Page, large: Traced, tmp_path: Path, size: str
+) -> None:
+    opened(tab, large, "layers=5")
+    path = exported(tab, "SVG", tmp_path / "figure.svg", size=size)
+    tab.goto(path.as_uri())
+    assert tab.locator("svg > svg").count() == 3
+    points = tab.evaluate(
+        """() => {
+          const figure = document.documentElement
+          const pixel = figure.getBoundingClientRect().width / figure.viewBox.baseVal.width
+          const cell = figure.querySelector('.cells text')
+          return parseFloat(getComputedStyle(cell).fontSize) * pixel * 0.75
+        }"""
+    )
+    assert points == pytest.approx(6, abs=0.05)
+    cut = tab.evaluate(
+        """() => {
+          const room = document.documentElement.getBoundingClientRect()
+          const outside = ({ left, right }) => left < room.left - 1 || right > room.right + 1
+          const texts = [...document.querySelectorAll('text')]
+          return texts.filter((text) => outside(text.getBoundingClientRect()))
+            .map((text) => text.textContent)
+        }"""
+    )
+    assert cut == []
+
+
 def test_slide_has_the_shape_of_a_slide(tab: Page, demo: Traced, tmp_path: Path) -> None:
     opened(tab, demo)
     svg = exported(tab, "SVG", tmp_path / "slide.svg", size="slide").read_text(encoding="utf-8")

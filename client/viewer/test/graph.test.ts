@@ -102,7 +102,7 @@ test('the share of an arc is a product of shares', () => {
 
 test('arcs are as wide as their effect or share, and a filter hides them', () => {
   const made = graph()
-  const at = layout(2, [0], 1, 1100, 214)
+  const at = layout(2, [0], 1, 1100)
   const place = { graph: made, at, position: 1, filter: EVERYTHING }
   assert.deepEqual(
     arcsOf(place).map(({ value, size }) => [value, size]),
@@ -122,7 +122,7 @@ test('arcs are as wide as their effect or share, and a filter hides them', () =>
 test('arcs from the attention sink are folded and named in the legend', () => {
   const made = graph()
   assert.equal(sinkOf(made, 1), 0)
-  const at = layout(2, [0], 1, 1100, 214)
+  const at = layout(2, [0], 1, 1100)
   const place = { graph: made, at, position: 1, filter: { ...EVERYTHING, arcs: 'share' as const } }
   assert.ok(arcsOf(place).every(({ folded }) => folded))
   assert.equal(arcLegend(place), 'attention (width: share; short: from The (0))')

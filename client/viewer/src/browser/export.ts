@@ -17,7 +17,7 @@ export interface Exported {
   footnotes?: () => readonly string[]
 }
 
-/** A size of figures; text of 11.5 px is then about 6 pt high. */
+/** A size of figures. In those for papers, tokens and numbers of 11.5 px are 6 pt high. */
 interface Size {
   name: string
   /** Width for which the pictures are laid out, in pixels; undefined = as on the screen. */
@@ -37,8 +37,8 @@ const ON_SCREEN: Size = {
 
 const SIZES: Record<string, Size> = {
   screen: ON_SCREEN,
-  column: { name: '85 mm, one column', layout: 480, millimetres: 85, slide: false },
-  page: { name: '170 mm, two columns', layout: 960, millimetres: 170, slide: false },
+  column: { name: '85 mm, one column', layout: 450, millimetres: 85, slide: false },
+  page: { name: '170 mm, two columns', layout: 912, millimetres: 170, slide: false },
   slide: { name: 'slide, 16:9', layout: 1180, millimetres: 338.67, slide: true },
 }
 
@@ -151,6 +151,7 @@ function figureOf(exported: Exported, panels: readonly Panel[], size: Size): Fig
 }
 
 const MARGIN = 16
+const PAPER_MARGIN = 6 // a paper has its own
 const GAP = 22
 const BESIDE = 28 // px between the panels of a row
 const SVG = 'http://www.w3.org/2000/svg'
@@ -165,13 +166,14 @@ function standaloneFigure(
   footnotes: readonly string[],
 ): Figure {
   const room = Math.max(size.layout ?? 0, ...panels.map(widthOf))
-  const width = room + 2 * MARGIN
+  const margin = size.millimetres && !size.slide ? PAPER_MARGIN : MARGIN
+  const width = room + 2 * margin
   const parts: string[] = []
-  let y = MARGIN
+  let y = margin
   const write = (text: string, style: 'title' | 'quiet') => {
-    for (const line of wrapped(text, Math.floor(room / WIDTHS[style]))) {
+    for (const line of wrapped(text, room, measured(style))) {
       y += HEIGHTS[style]
-      parts.push(textLine(line, style, MARGIN, y))
+      parts.push(textLine(line, style, margin, y))
     }
   }
   const made = Array.from(
@@ -186,10 +188,10 @@ function standaloneFigure(
     y += GAP
     const titles = row.map((panel) => {
       const own = row.length === 1 ? room : widthOf(panel)
-      return wrapped(panel.name, Math.floor(own / WIDTHS.panel))
+      return wrapped(panel.name, own, measured('panel'))
     })
     const top = y + HEIGHTS.panel * Math.max(...titles.map(({ length }) => length)) + 8
-    let x = MARGIN
+    let x = margin
     row.forEach((panel, i) => {
       titles[i]?.forEach((line, j) => {
         parts.push(textLine(line, 'panel', x, y + HEIGHTS.panel * (j + 1)))
@@ -204,7 +206,7 @@ function standaloneFigure(
   }
   if (footnotes.length > 0) y += GAP - HEIGHTS.quiet
   for (const line of footnotes) write(line, 'quiet')
-  return framed(parts.join(''), width, y + MARGIN, size)
+  return framed(parts.join(''), width, y + margin, size)
 }
 
 function widthOf({ picture }: Panel): number {
@@ -228,7 +230,7 @@ function rowsOf(panels: readonly Panel[], room: number): Panel[][] {
   return rows
 }
 
-const WIDTHS = { title: 8.3, panel: 7.6, quiet: 6 } // px of an average character
+const FONTS = { title: '700 14px', panel: '600 13px', quiet: '11.5px' } // as in picture.css
 const HEIGHTS = { title: 19, panel: 17, quiet: 15 } // px of a line
 
 function textLine(text: string, style: string, x: number, y: number): string {
@@ -250,16 +252,59 @@ function isolatedText(of: Node | null): string {
   return text.join('')
 }
 
-/** Lines of at most `length` characters, broken at spaces. */
-export function wrapped(text: string, length: number): string[] {
+/** The width in pixels of texts of a style. */
+function measured(style: keyof typeof FONTS): (text: string) => number {
+  const context = document.createElement('canvas').getContext('2d')
+  if (!context) return ({ length }) => 8 * length
+  const sans = getComputedStyle(document.documentElement).getPropertyValue('--sans')
+  context.font = `${FONTS[style]} ${sans}`
+  return (text) => context.measureText(text).width
+}
+
+/**
+ * Lines that are at most `room` wide, broken at spaces, and inside of longer words, as in scripts
+ * without spaces. Every line keeps the direction of the text around the break.
+ */
+export function wrapped(text: string, room: number, widthOf: (text: string) => number): string[] {
   const found: string[] = []
   for (const word of text.trim().split(/\s+/)) {
-    const last = found.at(-1)
-    if (last !== undefined && last.length + word.length < length) {
-      found[found.length - 1] = `${last} ${word}`
-    } else found.push(word)
+    for (const [i, piece] of fitting(word, room, widthOf).entries()) {
+      const last = found.at(-1)
+      const line = `${last} ${piece}`
+      if (last !== undefined && i === 0 && widthOf(line) <= room) found[found.length - 1] = line
+      else found.push(piece)
+    }
   }
-  return found
+  return directed(found)
+}
+
+const graphemes = new Intl.Segmenter(undefined, { granularity: 'grapheme' })
+
+/** The word, or its pieces that are at most `room` wide. */
+function fitting(word: string, room: number, widthOf: (text: string) => number): string[] {
+  if (widthOf(word) <= room) return [word]
+  const pieces = ['']
+  for (const { segment } of graphemes.segment(word)) {
+    const longer = `${pieces.at(-1)}${segment}`
+    if (widthOf(longer) > room) pieces.push(segment)
+    else pieces[pieces.length - 1] = longer
+  }
+  return pieces
+}
+
+const END = '\u2069'
+
+/** Closes the isolates that are open at the end of a line, and opens them again in the next one. */
+function directed(lines: readonly string[]): string[] {
+  const open: string[] = []
+  return lines.map((line) => {
+    const start = open.join('')
+    for (const character of line) {
+      if (character === END) open.pop()
+      else if (/[\u2066-\u2068]/.test(character)) open.push(character)
+    }
+    return start + line + END.repeat(open.length)
+  })
 }
 
 /** The outer element: its viewBox, its size on paper and its background. */

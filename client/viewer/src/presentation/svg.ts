@@ -147,7 +147,7 @@ function labelledIn(
   shown: number,
   read: readonly number[],
 ): ReadonlySet<number> {
-  const remote = Math.max(shown - NEIGHBOURS, Math.floor(shown / 2))
+  const remote = Math.max(shown - NEIGHBOURS, Math.ceil(shown / 2))
   const labelled = new Set([selected, ...read.slice(0, remote)])
   const first = Math.max(0, Math.min(positions - shown, selected - Math.floor(shown * 0.7)))
   const around = Array.from({ length: shown }, (_, i) => first + i)
@@ -156,7 +156,9 @@ function labelledIn(
   return labelled
 }
 
+const TIGHT = 300 // px; less room is for the labels
 const SELECTED = 1.6 // width of the selected column relative to other labelled ones
+const SELECTED_IF_TIGHT = 1.4
 
 /** Labelled columns, of which the selected one is wider; the rest are narrow, as a heat map. */
 function lens(
@@ -173,15 +175,17 @@ function lens(
   const groups = all.filter(starts).length
   const apart = Math.min(GAP, (room * 0.1) / Math.max(1, groups))
   const gaps = apart * groups
-  const others = Math.min(room * 0.24, (positions - shown) * 10)
-  const wide = Math.min(84, (room - others - gaps) / (shown + SELECTED - 1))
-  const taken = wide * (shown + SELECTED - 1) + gaps
+  const tight = room < TIGHT
+  const ratio = tight ? SELECTED_IF_TIGHT : SELECTED
+  const others = Math.min(room * (tight ? 0.16 : 0.24), (positions - shown) * 10)
+  const wide = Math.min(84, (room - others - gaps) / (shown + ratio - 1))
+  const taken = wide * (shown + ratio - 1) + gaps
   const narrow = Math.min(20, (room - taken) / (positions - shown))
   let x = left
   return all.map((position) => {
     if (starts(position)) x += apart
     const wanted = labelled.has(position)
-    const pitch = position === selected ? wide * SELECTED : wanted ? wide : narrow
+    const pitch = position === selected ? wide * ratio : wanted ? wide : narrow
     const gap = wanted ? Math.min(GAP, 6) : Math.min(2, narrow * 0.2)
     x += pitch
     return { position, x: x - pitch, width: pitch - gap, labelled: wanted }

@@ -36,12 +36,14 @@ export interface Columns {
   value: number
   output: number
   share: number
+  /** Widths of the columns without chips. */
+  sourceWidth: number
+  weightWidth: number
 }
 
-const SOURCE = 78
-export const WEIGHT = 56
-const SHARE = 50
-const RIBBONS = 56
+const SPACES = { source: 78, weight: 56, share: 50, ribbons: 56 }
+const NARROW_SPACES = { source: 60, weight: 52, share: 42, ribbons: 28 } // leave room for tokens
+const NARROW = 560 // px
 const GAP = 8 // between heads
 const FRAME = 8 // above and below a head's lines
 
@@ -71,7 +73,7 @@ export function placeAttention(
             [columns.query, 'query'],
             [columns.source, 'source'],
             [columns.key, 'key'],
-            [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
+            [columns.weight + (columns.weightWidth - 6) / 2, 'attention', 'middle'],
             [columns.value, 'value'],
             [columns.output, 'head output'],
           ],
@@ -104,14 +106,18 @@ export function placeAttention(
 }
 
 function columnsIn(at: Place): Columns {
-  const chip = (at.width - 2 * PAD - SOURCE - WEIGHT - SHARE - RIBBONS - 34) / 4
+  const spaces = at.width < NARROW ? NARROW_SPACES : SPACES
+  const taken = spaces.source + spaces.weight + spaces.share + spaces.ribbons + 34
+  const chip = (at.width - 2 * PAD - taken) / 4
   const query = at.x + PAD
   const source = query + chip + 12
-  const key = source + SOURCE
+  const key = source + spaces.source
   const weight = key + chip + 6
-  const value = weight + WEIGHT
+  const value = weight + spaces.weight
   const output = value + chip + 16
-  return { chip, query, source, key, weight, value, output, share: output + chip + SHARE }
+  const widths = { sourceWidth: spaces.source, weightWidth: spaces.weight }
+  const share = output + chip + spaces.share
+  return { chip, query, source, key, weight, value, output, share, ...widths }
 }
 
 function linesOf(row: HeadRow, filter: Filter): number {
@@ -156,9 +162,16 @@ function placeHead(
     const line = top + i * ROW
     const label = graph.prompt[source.position]?.label ?? ''
     detail.text(columns.source + 14, line + ROW / 2, `${source.position}`, 'number', 'end')
-    detail.text(columns.source + 19, line + ROW / 2, label, 'source', 'start', SOURCE - 22)
+    detail.text(
+      columns.source + 19,
+      line + ROW / 2,
+      label,
+      'source',
+      'start',
+      columns.sourceWidth - 22,
+    )
     if (source.key) detail.chip(source.key, columns.key, line, columns.chip)
-    placeWeight(detail, source.attention, columns.weight, line)
+    placeWeight(detail, source.attention, columns, line)
     detail.chip(source.value, columns.value, line, columns.chip)
     into(detail, source.value, source.share ?? 0, columns, line, middle)
   })
@@ -171,7 +184,14 @@ function placeHead(
   detail.chip(row.node, columns.output, middle - ROW / 2, columns.chip)
   const name = row.node.annotation?.name ?? ''
   if (name !== '')
-    detail.text(columns.output, middle - ROW + 4, name, 'strong', 'start', columns.chip + SHARE)
+    detail.text(
+      columns.output,
+      middle - ROW + 4,
+      name,
+      'strong',
+      'start',
+      columns.share - columns.output,
+    )
 }
 
 /** The head's name, its query and, if there is room, its attention over the prompt. */
@@ -192,8 +212,9 @@ function placeQuery(detail: Detail, row: HeadRow, columns: Columns, y: number, h
 }
 
 /** An attention probability as a number above its bar. */
-function placeWeight(detail: Detail, attention: number, x: number, y: number): void {
-  const width = WEIGHT - 6
+function placeWeight(detail: Detail, attention: number, columns: Columns, y: number): void {
+  const { weight: x, weightWidth } = columns
+  const width = weightWidth - 6
   detail.bar('track', x, y + ROW - 6, width, 3)
   detail.bar('attention', x, y + ROW - 6, width * Math.min(1, finite(attention)), 3)
   detail.text(x + width / 2, y + 9, decimals(attention, 2), 'number', 'middle')
@@ -263,7 +284,8 @@ export function placeOutputRows(
   const all = block.rows.flatMap((head) => head.outputRows)
   const largest = Math.max(...all.map(({ node }) => Math.abs(finite(node.activation))), 1e-9)
   detail.text(columns.weight - 12, top + ROW / 2, 'row of W_O', 'column', 'end')
-  detail.text(columns.weight + WEIGHT / 2 - 3, top + ROW / 2, 'activation', 'column', 'middle')
+  const middleOfWeight = columns.weight + columns.weightWidth / 2 - 3
+  detail.text(middleOfWeight, top + ROW / 2, 'activation', 'column', 'middle')
   detail.text(columns.value, top + ROW / 2, 'tokens', 'column')
   detail.text(columns.output, top + ROW / 2, 'share', 'column')
   row.outputRows.forEach(({ node, share }, i) => {
@@ -271,7 +293,7 @@ export function placeOutputRows(
     const middle = y + ROW / 2
     const activation = finite(node.activation)
     detail.text(columns.weight - 12, middle, neuronName(node), 'number', 'end', ROW_NAME)
-    signedBar(detail, activation / largest, columns.weight, y, WEIGHT - 6)
+    signedBar(detail, activation / largest, columns.weight, y, columns.weightWidth - 6)
     detail.chip(node, columns.value, y, columns.chip, activation < 0)
     if (share !== undefined) detail.text(columns.output, middle, percent(share), 'number')
   })

@@ -16,9 +16,9 @@ import {
 } from '../presentation/svg'
 import { nodeSentence, percent, signed } from '../presentation/wording'
 import { preview } from './inspector'
-import { drawPanel, LEGEND_HEIGHT, LEGEND_LINE, LEGEND_WIDTH, PANEL, PANEL_PARTS } from './overview'
+import { drawPanel, LEGEND_HEIGHT, LEGEND_LINE, LEGEND_WIDTH, PANEL_PARTS } from './overview'
 import { drawRowLabels } from './overview_grid'
-import { headLayout, type Layout } from './overview_layout'
+import { headLayout, type Layout, panelWidth } from './overview_layout'
 
 interface Actions {
   open: (id: string) => void
@@ -70,7 +70,7 @@ export class HeadMatrix {
   }
 
   private place(room: number, position: number, tallest: number | undefined): void {
-    const panel = tallest === undefined ? PANEL : 0
+    const panel = tallest === undefined ? panelWidth(room) : 0
     const { graph, svg } = this
     const of = headsAt(graph, position)
     const layers = [...graph.layers].sort((a, b) => a - b)

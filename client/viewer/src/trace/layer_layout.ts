@@ -145,6 +145,7 @@ interface Columns {
   key: number
   up: number
   activation: number
+  activationWidth: number
   value: number
   share: number
   /** Largest |activation|, which has a full bar. */
@@ -154,9 +155,9 @@ interface Columns {
 const NAME = 44
 const LONGEST_NAME = 0.26 // of the block's width
 const NUMBER = 6.4 // px of a character
-const ACTIVATION = 66
-const SHARE = 56
-const RIBBONS = 56
+const SPACES = { activation: 66, share: 56, ribbons: 56 }
+const NARROW_SPACES = { activation: 56, share: 46, ribbons: 28 } // leave room for tokens
+const NARROW = 460 // px
 
 export function placeMlp(
   detail: Detail,
@@ -183,7 +184,7 @@ export function placeMlp(
           [columns.name, 'neuron'],
           [columns.key, gated ? 'gate' : 'key'],
           ...(gated ? [[columns.up, 'up'] as const] : []),
-          [columns.activation + ACTIVATION / 2, 'activation', 'middle'],
+          [columns.activation + columns.activationWidth / 2, 'activation', 'middle'],
           [columns.value, 'value'],
         ],
   )
@@ -222,15 +223,18 @@ function columnsIn(at: Place, rows: readonly NeuronRow[], gated: boolean): Colum
   const chips = gated ? 3 : 2
   const longest = Math.max(0, ...rows.map(({ node }) => neuronName(node).length))
   const names = Math.max(NAME, Math.min(LONGEST_NAME * at.width, longest * NUMBER + 10))
-  const chip = (at.width - 2 * PAD - names - ACTIVATION - SHARE - RIBBONS - 4) / chips
+  const spaces = at.width < NARROW ? NARROW_SPACES : SPACES
+  const taken = names + spaces.activation + spaces.share + spaces.ribbons + 4
+  const chip = (at.width - 2 * PAD - taken) / chips
   const name = at.x + PAD
   const key = name + names
   const up = key + chip + 4
   const activation = gated ? up + chip : key + chip
-  const value = activation + ACTIVATION
-  const share = value + chip + SHARE
+  const value = activation + spaces.activation
+  const share = value + chip + spaces.share
   const largest = Math.max(...rows.map((row) => Math.abs(finite(row.node.activation))), 1e-9)
-  return { chip, name, key, up, activation, value, share, largest }
+  const activationWidth = spaces.activation
+  return { chip, name, key, up, activation, activationWidth, value, share, largest }
 }
 
 function placeNeuron(detail: Detail, row: NeuronRow, at: Columns, y: number): void {
@@ -239,6 +243,6 @@ function placeNeuron(detail: Detail, row: NeuronRow, at: Columns, y: number): vo
   if (row.key) detail.chip(row.key, at.key, y, at.chip)
   if (row.up) detail.chip(row.up, at.up, y, at.chip)
   const activation = finite(node.activation)
-  signedBar(detail, activation / at.largest, at.activation + 5, y, ACTIVATION - 10)
+  signedBar(detail, activation / at.largest, at.activation + 5, y, at.activationWidth - 10)
   detail.chip(node, at.value, y, at.chip, activation < 0)
 }

@@ -12,7 +12,15 @@ import { arcLegend, readBy } from './arcs'
 import type { Filter } from './controls'
 import { preview } from './inspector'
 import { drawFiltered, drawGrid, type Grid, markGrid, residualAt } from './overview_grid'
-import { EMBEDDING, flagLine, type Layout, layout, nearest, type Row } from './overview_layout'
+import {
+  EMBEDDING,
+  flagLine,
+  type Layout,
+  layout,
+  nearest,
+  panelWidth,
+  type Row,
+} from './overview_layout'
 
 interface Actions {
   select: (id: string) => void
@@ -20,7 +28,6 @@ interface Actions {
   toggleLayer: (layer: number) => void
 }
 
-export const PANEL = 214
 const LABELS = 44 // px; clicks left of this are on a row's label
 const FAR = 90 // px between the selected column and the ranks beyond which both are not shown
 
@@ -84,8 +91,11 @@ export class Overview {
     const layers = [...graph.layers].sort((a, b) => a - b)
     // While messages arrive, columns do not move.
     const read = graph.complete ? readBy(graph, position, filter) : []
-    const full = layout(graph.prompt.length, layers, position, room, PANEL, read)
-    const at = { ...full, width: Math.min(room, Math.max(LEGEND_WIDTH, full.panelX + PANEL)) }
+    const full = layout(graph.prompt.length, layers, position, room, read)
+    const at = {
+      ...full,
+      width: Math.min(room, Math.max(LEGEND_WIDTH, full.panelX + panelWidth(room))),
+    }
     const grid = { graph, at, position, filter }
     const labelled = at.columns.filter((column) => column.labelled).map((c) => c.position)
     if (this.columnChanges.changed(room, position, graph.version, String(labelled))) {
@@ -172,6 +182,7 @@ interface Line {
 
 const RANK = 46
 const BAR = 58
+const SLIM_BAR = 52 // px; the number is in place of the bar
 const BAR_WIDTH = 84
 
 /** The groups of the panel. */
@@ -189,16 +200,18 @@ export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: numb
     .attr('dominant-baseline', 'central')
     .attr('class', (line) => (line.rank === 0 ? 'number strong' : 'number'))
     .text((line) => count(line.rank))
-  const bars = groupNamed(svg, 'probabilities').selectAll('rect').data(lines).join('rect')
+  const [bar, barWidth] = at.slim ? [SLIM_BAR - 6, 0] : [BAR, BAR_WIDTH]
+  const barred = at.slim ? [] : lines
+  const bars = groupNamed(svg, 'probabilities').selectAll('rect').data(barred).join('rect')
   bars
     .attr('x', x + BAR)
     .attr('y', (line) => line.y - 5)
-    .attr('width', (line) => Math.max(1, BAR_WIDTH * finite(line.probability)))
+    .attr('width', (line) => Math.max(1, barWidth * finite(line.probability)))
     .attr('height', 10)
     .attr('rx', 2)
   const numbers = groupNamed(svg, 'probability-numbers').selectAll('text').data(lines).join('text')
   numbers
-    .attr('x', (line) => x + BAR + BAR_WIDTH * finite(line.probability) + 6)
+    .attr('x', (line) => x + bar + barWidth * finite(line.probability) + 6)
     .attr('y', (line) => line.y)
     .attr('dominant-baseline', 'central')
     .attr('class', 'number')
@@ -229,7 +242,11 @@ function heading(svg: Svg, graph: FlowGraph, at: Layout, position: number): void
   const target = graph.targets.get(position)?.target.label ?? ''
   const text = [
     { x: at.panelX + RANK, text: 'rank', anchor: 'end' },
-    { x: at.panelX + BAR, text: `probability of ${fitted(target, 12)}`, anchor: 'start' },
+    {
+      x: at.panelX + (at.slim ? SLIM_BAR : BAR),
+      text: at.slim ? 'probability' : `probability of ${fitted(target, 12)}`,
+      anchor: 'start',
+    },
   ]
   groupNamed(svg, 'panel-heading')
     .selectAll('text')
@@ -248,10 +265,13 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
   const layer = answer?.node.layer ?? EMBEDDING
   const row = answer && at.rows.find((r) => r.layer === layer)
   const column = at.columns.find((c) => c.position === position)
-  const marks = answer && row && column ? [{ row, column, text: flagText(answer) }] : []
+  const lines = answer ? flagLines(answer, at.slim) : []
+  const marks = row && column && lines.length > 0 ? [{ row, column, lines }] : []
   const bottom = (mark: Mark) => mark.row.y + at.cellHeight
   // Between low rows there is no room for the label, so it goes below the panel.
-  const between = at.cellHeight >= LABEL_FITS
+  const between = at.cellHeight >= LABEL_FITS && !at.slim
+  const widthOf = (mark: Mark) => Math.max(...mark.lines.map(({ length }) => length)) * 6.3 + 22
+  const left = (mark: Mark) => Math.min(at.panelX + 20, at.width - widthOf(mark) + 10)
   const labelY = (mark: Mark) => (between ? bottom(mark) + 5 : at.height - 20)
   groupNamed(svg, 'answer')
     .selectAll('rect')
@@ -277,34 +297,36 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .data(marks)
     .join('rect')
     .attr('class', 'flag-box')
-    .attr('x', at.panelX + 10)
-    .attr('y', (m) => labelY(m) - 9)
-    .attr('width', (m) => m.text.length * 6.3 + 22)
-    .attr('height', 18)
+    .attr('x', (m) => left(m) - 10)
+    .attr('y', (m) => labelY(m) - 2 - FLAG_LINE * (m.lines.length / 2))
+    .attr('width', widthOf)
+    .attr('height', (m) => 4 + FLAG_LINE * m.lines.length)
     .attr('rx', 9)
   flag
     .selectAll('text')
-    .data(marks)
+    .data(marks.flatMap((mark) => mark.lines.map((text, i) => ({ mark, text, i }))))
     .join('text')
     .attr('class', 'flag-text')
-    .attr('x', at.panelX + 20)
-    .attr('y', (m) => labelY(m) + 0.5)
+    .attr('x', ({ mark }) => left(mark))
+    .attr('y', ({ mark, i }) => labelY(mark) + 0.5 + FLAG_LINE * (i + 0.5 - mark.lines.length / 2))
     .attr('dominant-baseline', 'central')
-    .text((m) => m.text)
+    .text(({ text }) => text)
 }
 
 interface Mark {
   row: Row
   column: Column
-  text: string
+  lines: readonly string[]
 }
 
+const FLAG_LINE = 14 // px
 const LABEL_FITS = 20 // px, height of a cell
 
-function flagText({ name, node }: ResidualStep): string {
-  if (node.layer === undefined) return '▲ first from the embedding'
-  const sublayer = name.replace('+ ', '’s ')
-  return `▲ first from L${node.layer}${sublayer.includes(' and ') ? '' : sublayer}`
+/** The text of the label, in two lines if the panel is slim. */
+function flagLines({ name, node }: ResidualStep, slim: boolean): string[] {
+  const sublayer = name.includes(' and ') ? '' : name.replace('+ ', '’s ')
+  const place = node.layer === undefined ? 'the embedding' : `L${node.layer}${sublayer}`
+  return slim ? ['▲ first from', place] : [`▲ first from ${place}`]
 }
 
 // The legend is a part of the picture, so that an exported picture has it.
@@ -363,21 +385,28 @@ function sublayerKeys(grid: Grid): [string, string][] {
 }
 
 function keysFor(grid: Grid): Key[] {
+  const { slim, width } = grid.at
   const title = `rank of ${fitted(grid.graph.targets.get(grid.position)?.target.label ?? '', 14)}`
-  let x = 46
+  const start = slim ? 0 : 46
+  let x = start
   const keys: Key[] = [{ x, width: 0, kind: '', text: title, inside: false, line: 0 }]
-  x += title.length * 6.6 + 12
+  x += title.length * (slim ? 5.6 : 6.6) + 12
+  const step = Math.min(60, (width - x) / BINS.length)
   BINS.forEach((text, bin) => {
-    keys.push({ x, width: 58, kind: `bin-${bin}`, text, inside: true, line: 0 })
-    x += 60
+    keys.push({ x, width: step - 2, kind: `bin-${bin}`, text, inside: true, line: 0 })
+    x += step
   })
   x += 18
   const lines: [string, string][] = [...sublayerKeys(grid), ['residual', 'residual (width: norm)']]
   const widthOf = (text: string) => 22 + text.length * 5.6 + 16
   const together = lines.reduce((sum, [, text]) => sum + widthOf(text), 0)
-  const line = x + together - 16 > grid.at.width ? 1 : 0
-  if (line === 1) x = 46
+  let line = x + together - 16 > width ? 1 : 0
+  if (line === 1) x = start
   for (const [kind, text] of lines) {
+    if (x > start && x + widthOf(text) - 16 > width) {
+      line++
+      x = start
+    }
     keys.push({ x, width: 16, kind, text, inside: false, line })
     x += widthOf(text)
   }

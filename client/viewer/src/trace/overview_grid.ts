@@ -9,6 +9,7 @@ import {
   defineHatches,
   type Group,
   groupNamed,
+  NARROWEST_LABEL,
   type Svg,
   setClasses,
 } from '../presentation/svg'
@@ -17,7 +18,10 @@ import { arcClass, arcsOf, drawArcs, type SizedArc } from './arcs'
 import { type Filter, passes } from './controls'
 import { EMBEDDING, type Layout, type Row } from './overview_layout'
 
-const PADDING = 6 // left and right of a cell's text
+/** Room left and right of a cell's text. */
+function paddingIn(column: Column): number {
+  return column.width < NARROWEST_LABEL ? 4 : 6
+}
 
 /** One residual of the overview. */
 export interface Cell {
@@ -159,7 +163,7 @@ function drawCells(group: Group, grid: Grid): void {
         .attr('rx', Math.min(6, at.cellHeight / 4))
       own
         .select('text')
-        .attr('x', PADDING)
+        .attr('x', paddingIn(cell.column))
         .attr('y', at.cellHeight / 2 + 0.5)
         .text(at.cellHeight < 11 ? '' : isolated(cellLabel(cell)))
     })
@@ -175,7 +179,7 @@ function spoken(cell: Cell, graph: FlowGraph): string {
 
 function cellLabel(cell: Cell): string {
   const label = cell.node?.reading?.top[0]?.token.label ?? ''
-  return cut(label, charactersIn(cell.column.width - 2 * PADDING))
+  return cut(label, charactersIn(cell.column.width - 2 * paddingIn(cell.column)))
 }
 
 interface Underline {
@@ -250,7 +254,7 @@ function drawAxis(group: Group, { graph, at, position }: Grid): void {
     .data(at.columns.filter((column) => column.labelled))
     .join('text')
     .attr('class', (column) => (column.position === position ? 'selected' : ''))
-    .attr('x', (column) => column.x + PADDING)
+    .attr('x', (column) => column.x + paddingIn(column))
     .attr('y', y)
     .text((column) => {
       const label = graph.prompt[column.position]?.label ?? ''

@@ -16,6 +16,17 @@ export interface Layout {
   height: number
   /** Left edge of the panel with the target's rank and probability by layer. */
   panelX: number
+  /** Whether the panel has only numbers, to leave room for tokens in a figure of one column. */
+  slim: boolean
+}
+
+const SLIM_BELOW = 560 // px of the picture
+const PANEL = 214
+const SLIM_PANEL = 110
+
+/** Width of the panel with the target's rank and probability. */
+export function panelWidth(width: number): number {
+  return width < SLIM_BELOW ? SLIM_PANEL : PANEL
 }
 
 export const EMBEDDING = -1
@@ -36,13 +47,13 @@ export function layout(
   layers: readonly number[],
   selected: number,
   width: number,
-  panelWidth: number,
   read: readonly number[] = [],
 ): Layout {
   const pitch = rowPitch(layers.length)
   const cellHeight = Math.min(26, Math.max(LOWEST_CELL, Math.round(pitch * 0.58)))
-  const panelX = width - panelWidth
-  const columns = columnsIn(positions, selected, GUTTER, panelX - GUTTER - 18, read)
+  const slim = width < SLIM_BELOW
+  const panelX = width - panelWidth(width)
+  const columns = columnsIn(positions, selected, GUTTER, panelX - GUTTER - (slim ? 12 : 18), read)
   const rows = [EMBEDDING, ...layers].map((layer, i) => ({
     layer,
     y: TOP + (layers.length - i) * pitch,
@@ -53,7 +64,8 @@ export function layout(
     cellHeight,
     width,
     height: TOP + layers.length * pitch + cellHeight + AXIS,
-    panelX: Math.min(panelX, lastEdge(columns) + 26),
+    panelX: Math.min(panelX, lastEdge(columns) + (slim ? 18 : 26)),
+    slim,
   }
 }
 
@@ -65,13 +77,13 @@ export function headLayout(
   heads: number,
   layers: readonly number[],
   width: number,
-  panelWidth: number,
+  panel: number,
   tallest = Number.POSITIVE_INFINITY,
 ): Layout {
   const lowest = Math.max(LOWEST_PITCH, SMALLEST / layers.length)
   const fitting = (tallest - TOP - AXIS - LEGENDS) / layers.length
   const pitch = Math.min(rowPitch(layers.length), Math.max(lowest, fitting))
-  const room = width - panelWidth - GUTTER - 18
+  const room = width - panel - GUTTER - 18
   const even = Math.min(WIDEST_HEAD, room / heads)
   const columns = Array.from({ length: heads }, (_, position) => ({
     position,
@@ -85,7 +97,8 @@ export function headLayout(
     cellHeight: pitch - Math.min(6, pitch * 0.15),
     width,
     height: TOP + layers.length * pitch + AXIS - 10,
-    panelX: Math.min(width - panelWidth, lastEdge(columns) + 26),
+    panelX: Math.min(width - panel, lastEdge(columns) + 26),
+    slim: width < SLIM_BELOW,
   }
 }
 

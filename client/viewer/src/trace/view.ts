@@ -199,7 +199,7 @@ export class TraceView {
     this.updateToolbar()
     this.room ||= this.parts.main.clientWidth // kept, because reading it lays out the page
     const room = this.exportWidth ?? this.room
-    const width = Math.max(NARROWEST, room)
+    const width = this.widthIn(room)
     if (graph.layers.size === 0) return
     graph.annotate(state.get('names'))
     const position = this.position()
@@ -221,7 +221,7 @@ export class TraceView {
   /** Draws the figure and the maps; a wide window has the figure, and the heads below it, beside the stream. */
   private drawMaps(room: number, position: number, marks: Marks): void {
     const { overview, heads, why } = this
-    const width = Math.max(NARROWEST, room)
+    const width = this.widthIn(room)
     const wide = width >= SIDE_BY_SIDE
     const onlyHeads = this.state.get('map') === 'heads'
     overview.element.hidden = onlyHeads
@@ -231,11 +231,16 @@ export class TraceView {
     const first = onlyHeads ? heads : overview
     if (onlyHeads) heads.draw(width - taken, position, marks, this.layers())
     else overview.draw(width - taken, position, marks, this.layers(), filterOf(this.state))
-    overview.reveal(position, this.layers(), room < NARROWEST)
+    overview.reveal(position, this.layers(), width > room)
     const beside = wide ? width - first.width - MAPS_GAP : room
     why.draw(beside, position, marks)
     if (wide && !onlyHeads)
       heads.draw(beside, position, marks, this.layers(), overview.height - why.height)
+  }
+
+  /** The width of pictures in a room; an export fits in it, a narrower window scrolls. */
+  private widthIn(room: number): number {
+    return this.exportWidth ?? Math.max(NARROWEST, room)
   }
 
   /** Lays the pictures out for an export of this width; undefined = for the window. */

@@ -55,9 +55,10 @@ const BOTTOM = 8
 const THICKEST = ROW - 4 // px
 const LEAST_SOURCE = 0.1 // of the largest part; smaller sources of a head have no box
 const NARROWEST = 350 // px
-const WITH_TOKENS = 480 // px; narrower figures leave out the parts' top tokens
+const WITH_TOKENS = 480 // px; narrower figures may leave out the parts' top tokens
 const WIDEST = 900
 const OTHERS = 'other tokens'
+const LEAST_CHIP = 56 // px
 const LEAST_RIBBON = 48 // px between a number and the stack
 
 /** The height of a logit in pixels at which the parts of a tree fit in their rows. */
@@ -122,8 +123,9 @@ function columnsIn(width: number, hasSources: boolean, longest: number): WhyColu
   const answerWidth = 66 + free * 0.12
   const answer = width - answerWidth
   const missing = longest === 0 ? 0 : Math.max(0, longest + 12 - names)
-  let chipWidth = narrow ? 0 : 70 + free * 0.1
-  let spare = answer - 12 - LEAST_RIBBON - (name + names + chipWidth + 46)
+  const room = answer - 12 - LEAST_RIBBON - (name + names + 46)
+  let chipWidth = narrow ? (room < LEAST_CHIP ? 0 : Math.min(70, room)) : 70 + free * 0.1
+  let spare = room - chipWidth
   if (missing > spare) {
     spare += chipWidth
     chipWidth = 0
