@@ -75,6 +75,17 @@ DELTA_NETS = {
         "mrope_interleaved": True,
     },
 }
+STATE_SPACE = {
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "mamba_d_ssm": 40,
+    "mamba_n_heads": 5,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 6,
+    "mamba_d_conv": 3,
+}
 EXPERTS = FEW_EXPERTS | {"moe_intermediate_size": 32}
 CASES = {
     "gpt2": Case("gpt2", "gguf", {"n_inner": 64, "tie_word_embeddings": True}),
@@ -155,6 +166,23 @@ CASES = {
             "moe_intermediate_size": 32,
             "first_k_dense_replace": 1,
             "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    "falcon-h1": Case("falcon_h1", "gguf", STATE_SPACE),
+    "falcon-h1 with multipliers": Case(
+        "falcon_h1",
+        "gguf, multipliers",
+        STATE_SPACE
+        | {
+            "lm_head_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "mlp_multipliers": [0.7, 0.3],
+            "key_multiplier": 0.4,
+            "attention_out_multiplier": 0.9,
+            "attention_in_multiplier": 1.1,
+            "ssm_multipliers": [0.4, 0.5, 0.6, 0.7, 0.8],
+            "ssm_in_multiplier": 1.2,
+            "ssm_out_multiplier": 0.3,
         },
     ),
     "gemma3 of newer converters": Case(
@@ -302,6 +330,7 @@ CASES = {
 ARCHITECTURES = {
     "llama 3": "llama",
     "mixtral": "llama",
+    "falcon-h1 with multipliers": "falcon-h1",
     "gemma3 scaled": "gemma3",
     "gemma3 of newer converters": "gemma3",
     "gemma4 with experts": "gemma4",
@@ -569,8 +598,22 @@ def qwen3moe_settings(config: Any) -> Settings:
 
 
 IMAGES = {"rope.dimension_sections": [2, 2, 2, 0], "n_deepstack_layers": 3}
+
+
+def falcon_h1_settings(config: Any) -> Settings:
+    return decoder_settings(config) | {
+        "ssm.conv_kernel": config.mamba_d_conv,
+        "ssm.group_count": config.mamba_n_groups,
+        "ssm.inner_size": config.mamba_d_ssm,
+        "ssm.state_size": config.mamba_d_state,
+        "ssm.time_step_rank": config.mamba_n_heads,
+        "vocab_size": config.vocab_size,
+    }
+
+
 SETTINGS: dict[str, Callable[[Any], Settings]] = {
     "deepseek2": deepseek2_settings,
+    "falcon-h1": falcon_h1_settings,
     "gemma2": gemma2_settings,
     "gemma3": gemma3_settings,
     "gemma4": gemma4_settings,
@@ -637,7 +680,7 @@ def renamed(parameter: str, names: Any) -> str:
     stem, _, suffix = parameter.rpartition(".")
     if suffix not in {"weight", "bias"}:
         return f"{names.get_name(parameter)}.weight"
-    return f"{names.get_name(stem)}.{suffix}"
+    return f"{names.get_name(stem) or names.get_name(parameter)}.{suffix}"
 
 
 def block_of(parameter: str) -> str:
@@ -785,8 +828,41 @@ def qwen35_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stored:
         yield from unstacked(parameter, values, config)
 
 
+def falcon_h1_tensors(parameter: str, values: torch.Tensor, config: Any) -> Stored:
+    """Multiply the weights by the multipliers, and change decays."""
+    gate, down = config.mlp_multipliers
+    factors = {
+        ".gate_proj.": gate,
+        ".down_proj.": down,
+        ".q_proj.": config.attention_in_multiplier,
+        ".k_proj.": config.attention_in_multiplier * config.key_multiplier,
+        ".v_proj.": config.attention_in_multiplier,
+        ".o_proj.": config.attention_out_multiplier,
+        ".out_proj.": config.ssm_out_multiplier,
+        "lm_head.": config.lm_head_multiplier,
+        ".embed_tokens.": config.embedding_multiplier,
+    }
+    stored = values
+    for name, factor in factors.items():
+        if name in parameter:
+            stored = values * factor
+    if ".in_proj." in parameter:
+        state = config.mamba_n_groups * config.mamba_d_state
+        sizes = [config.mamba_d_ssm] * 2 + [state] * 2 + [config.mamba_n_heads]
+        rows = torch.tensor(config.ssm_multipliers).repeat_interleave(torch.tensor(sizes))
+        stored = values * config.ssm_in_multiplier * rows[:, None]
+    for name, tail in {".A_log": "ssm_a", ".mamba.D": "ssm_d", ".dt_bias": "ssm_dt.bias"}.items():
+        if parameter.endswith(name):
+            stored = -torch.exp(values) if name == ".A_log" else values
+            column = stored if name == ".dt_bias" else stored[:, None]
+            yield f"{block_of(parameter)}.{tail}", column
+            return
+    yield parameter, stored.squeeze(1) if ".conv1d.weight" in parameter else stored
+
+
 CONVERSIONS: dict[str, Callable[[str, torch.Tensor, Any], Stored]] = {
     "deepseek2": deepseek2_tensors,
+    "falcon-h1": falcon_h1_tensors,
     "gemma": gemma_tensors,
     "gemma2": gemma_tensors,
     "gemma3": gemma_tensors,

@@ -52,8 +52,9 @@ def refusal(path: Path) -> str:
 def test_weights_and_logits_equal_those_of_the_written_model(family: str, tmp_path: Path) -> None:
     model = loaded(write(tmp_path / "tiny.gguf", family))
     expected = plain(CASES[family])
-    for name, values in expected.state_dict().items():
-        torch.testing.assert_close(model.network.state_dict()[name], values, rtol=0, atol=3e-7)
+    if family != "falcon-h1 with multipliers":  # they are factors of the weights
+        for name, values in expected.state_dict().items():
+            torch.testing.assert_close(model.network.state_dict()[name], values, rtol=0, atol=3e-7)
     prompt = torch.tensor([CASES[family].prompt])
     found, logits = model.network(prompt).logits, expected(prompt).logits
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)

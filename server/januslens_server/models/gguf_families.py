@@ -38,6 +38,7 @@ from januslens_server.models.gguf_family import (
 )
 from januslens_server.models.gguf_file import ADVICE, GGUFHeader
 from januslens_server.models.gguf_hybrids import (
+    FALCON_H1,
     GEMMA4,
     LFM2,
     LFM2_MOE,
@@ -268,6 +269,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         restore=_latent_maps,
     ),
+    "falcon-h1": FALCON_H1,
     "gemma": Family("gemma", restore=norms_less_one),
     "gemma2": Family("gemma2", describe=_head_scale, restore=norms_less_one),
     "gemma3": Family(

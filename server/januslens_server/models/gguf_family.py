@@ -54,6 +54,7 @@ FURTHER = "nextn_predict_layers"
 # A divisor of what is not rotated.
 NOT_ROTATED = 1e29
 
+UNEMBEDDING = "output.weight"
 MAX_SETTING, FLOAT32 = 2**31 - 1, torch.finfo(torch.float32)
 # The sections of a rotation by time, height and width, and the layers that images enter.
 SECTIONS, IMAGES = "rope.dimension_sections", "n_deepstack_layers"

@@ -1,4 +1,4 @@
-"""Gemma 4, LFM2, Qwen3-Next and Qwen 3.5, whose layers are of several kinds."""
+"""Gemma 4, LFM2, Qwen3-Next, Qwen 3.5 and Falcon-H1, whose layers have mixers of several kinds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from januslens_server.models.gguf_family import (
     NOT_ROTATED,
     SECTIONS,
     SHARED,
+    UNEMBEDDING,
     Family,
     Settings,
     by_layer,
@@ -359,4 +360,42 @@ QWEN35_MOE = Family(
     scalings=(),
     stored=_DELTA_NET_STORED,
     restore=_delta_nets,
+)
+
+
+_FALCON_H1 = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.group_count": "mamba_n_groups",
+    "ssm.inner_size": "mamba_d_ssm",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.time_step_rank": "mamba_n_heads",
+}
+
+
+def _falcon_h1(header: GGUFHeader, _own: Settings, _described: Mapping[str, Any]) -> dict[str, Any]:
+    """Falcon-H1's multipliers are factors of the stored weights, so that all of them are 1 here."""
+    if UNEMBEDDING not in header.tensors:
+        raise ModelFailed(
+            f"the file has no {UNEMBEDDING}, and its embedding has a multiplier that the head has "
+            f"not; {ADVICE}"
+        )
+    return {
+        "mamba_conv_bias": "blk.0.ssm_conv1d.bias" in header.tensors,
+        "mamba_proj_bias": "blk.0.ssm_in.bias" in header.tensors,
+    }
+
+
+def _negative_decays(parameter: str, parts: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
+    """Return `A_log`, which is stored as `-exp(A_log)`."""
+    values = joined(parameter, parts, config)
+    return torch.log(-values) if parameter.endswith(".A_log") else values
+
+
+FALCON_H1 = Family(
+    "falcon_h1",
+    attributes=_FALCON_H1,
+    required=frozenset({*_FALCON_H1, "attention.key_length"}),
+    describe=_falcon_h1,
+    stored={".A_log": "ssm_a", ".mamba.D": "ssm_d", ".dt_bias": "ssm_dt.bias"},
+    restore=_negative_decays,
 )

@@ -26,6 +26,7 @@ from januslens_server.models.gguf_family import (
     LINEAR,
     LOCAL_BASE,
     REQUIRED,
+    UNEMBEDDING,
     YARN,
     Family,
     Settings,
@@ -70,7 +71,6 @@ LLAMA_3: Mapping[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-UNEMBEDDING = "output.weight"
 LAYER = re.compile(r"(?<=\.)(\d+)\.")
 TOLERANCE = 1e-6
 

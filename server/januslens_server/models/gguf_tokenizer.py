@@ -95,7 +95,7 @@ SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     **dict.fromkeys(("gpt-2", "olmo"), lambda: _bytes_after(split=True)),
     **dict.fromkeys(("refact", "smollm", "starcoder"), _single_digits),
     **dict.fromkeys(
-        ("dbrx", "lfm2", "llama-bpe", "llama-v3", "llama3", "smaug-bpe"),
+        ("dbrx", "falcon-h1", "falcon3", "lfm2", "llama-bpe", "llama-v3", "llama3", "smaug-bpe"),
         lambda: _split_by(_words("{1,3}")),
     ),
     **dict.fromkeys(("deepseek-r1-qwen", "qwen2"), lambda: _split_by(_words(""))),
@@ -105,12 +105,21 @@ SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-4o": lambda: _split_by(_cased_words("{1,3}", end=f"{_CONTRACTION}?")),
 }
 # Tokenizers that look a whole word up before they merge its bytes.
-WHOLE_WORDS = {"gpt-4o", "lfm2", "llama-bpe", "llama-v3", "llama3", "tekken"}
+WHOLE_WORDS = {
+    "falcon-h1",
+    "falcon3",
+    "gpt-4o",
+    "lfm2",
+    "llama-bpe",
+    "llama-v3",
+    "llama3",
+    "tekken",
+}
 # Tokenizers that put texts in Unicode's composed form (NFC).
 COMPOSED = {"deepseek-r1-qwen", "olmo", "qwen2", "qwen35"}
 # Tokenizers that begin texts with BOS unless the file says otherwise, as in llama.cpp.
 # SentencePiece's do it too.
-WITH_BOS = {"lfm2", "llama-bpe", "llama-v3", "llama3", "tekken"}
+WITH_BOS = {"falcon-h1", "falcon3", "lfm2", "llama-bpe", "llama-v3", "llama3", "tekken"}
 
 
 def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
