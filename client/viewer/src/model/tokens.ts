@@ -8,9 +8,13 @@ const VISIBLE: Record<string, string> = { ' ': '␣', '\n': '⏎', '\r': '␍', 
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zs}\p{Zl}\p{Zp}]/u
 const COMBINING = /^\p{M}/u
 const REPLACEMENT = '\ufffd'
+const NO_BYTES = new Uint8Array()
+// Letters, digits and marks of ASCII, which are shown as they are.
+const PLAIN = /^[!-~]+$/
 
 /** Replaces characters that a page would hide or interpret with visible ones; "" stays empty. */
-export function visible(text: string, raw: Uint8Array = new Uint8Array()): string {
+export function visible(text: string, raw: Uint8Array = NO_BYTES): string {
+  if (PLAIN.test(text)) return text
   if (text.includes(REPLACEMENT) && raw.length > 0 && textOf(raw) === undefined) return bytes(raw)
   const shown = Array.from(text, visibleCharacter).join('')
   return COMBINING.test(shown) ? `◌${shown}` : shown
@@ -135,9 +139,10 @@ export class TokenTable {
 export function tokenOf(message: TokenMessage): Token {
   const id = message.id ?? 0
   const text = message.text ?? ''
-  const raw = fromBase64(message.raw ?? '')
+  // Only a replacement character can stand for bytes that are not text: decode no others.
+  const raw = text.includes(REPLACEMENT) ? fromBase64(message.raw ?? '') : NO_BYTES
   const token = { id, text, label: visible(text, raw) || `#${id}` }
-  const isPart = text.includes(REPLACEMENT) && raw.length > 0 && textOf(raw) === undefined
+  const isPart = raw.length > 0 && textOf(raw) === undefined
   return isPart ? { ...token, part: raw } : token
 }
 
