@@ -303,6 +303,23 @@ SHARED_EXPERTS = (
             "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
         },
     ),
+    # As in DeepSeek V3, but a norm reads the sum of the experts.
+    Case(
+        "axk1",
+        "norm after experts",
+        LATENT_WIDTHS
+        | {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+        },
+    ),
     Case(
         "deepseek_v2",
         "latent queries, complex rotation",

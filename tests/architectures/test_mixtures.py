@@ -52,6 +52,7 @@ from januslens_server.specs import (
     Zero,
 )
 from tests.architectures.cases import LLAMA4, MIXTURES, SHARED_EXPERTS, UNGATED, Case
+from tests.architectures.test_sites import joined
 from tests.architectures.tiny_models import plain, resident
 from tests.reference.interventions import experts_neurons, experts_output
 from tests.support.results import only
@@ -216,6 +217,32 @@ def neuron_in_residual_basis(mlp: Any, node: Any) -> Tensor:
         return own if isinstance(first, nn.Identity) else own @ first.weight
     own, last = mlp.experts.down_proj[node.expert, :, node.neuron], mlp.fc2_latent_proj
     return own if isinstance(last, nn.Identity) else last.weight @ own
+
+
+@every_case
+def test_changed_result_is_what_the_model_adds(case: Case) -> None:
+    """The site is behind a norm of the experts' sum (A.X K1); most models have no such norm."""
+    network, layer = plain(case), max(resident(case).view.known)
+    before = logits_of(case)
+    hook = mlps(network)[layer].register_forward_hook(halved)
+    try:
+        with torch.no_grad():
+            expected = network(torch.tensor([case.prompt]), use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    found = logits_of(case, InterventionSpec(Site.MLP_OUTPUT, Scale(0.5), layers=(layer,)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, before, rtol=1e-2, atol=1e-3)
+
+
+def halved(_module: Any, _args: Any, output: Any) -> Any:
+    return (0.5 * output[0], *output[1:]) if isinstance(output, tuple) else 0.5 * output
+
+
+def logits_of(case: Case, *changes: InterventionSpec) -> Tensor:
+    spec = ActivationsSpec(tuple(case.prompt), (Site.LOGITS,), interventions=changes)
+    events = list(activations(resolve_activations(resident(case), spec), lambda: None))
+    return joined([event for event in events if isinstance(event, SiteValues)])
 
 
 CHANGED = {"experts": (3, 0, 1), "neurons": (7, 1, 4)}

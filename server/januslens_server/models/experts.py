@@ -107,7 +107,7 @@ class Experts:
     With `latent` maps, `d_in` is the width of the vectors between them; else it is `d_model`.
 
     In Granite, the shared expert's result `beside` `[batch, pos, d_model]` is added outside of
-    `block`.
+    `block`. In A.X K1, `block` ends with a `norm` of the sum of all experts' results.
     """
 
     block: nn.Module
@@ -126,6 +126,7 @@ class Experts:
     per_token: int = 0
     beside: Tap | None = None
     latent: LatentExperts | None = None
+    norm: nn.Module | None = None
 
     @property
     def count(self) -> int:
@@ -155,7 +156,7 @@ class Experts:
     @property
     def output(self) -> Tap:
         """Tap of the weighted sum of the experts' results `[batch, pos, d_model]`."""
-        return Tap(self.block, End.OUTPUT)
+        return Tap(self.block, End.OUTPUT) if self.norm is None else Tap(self.norm, End.INPUT)
 
     @property
     def routing_taps(self) -> dict[str, Tap]:

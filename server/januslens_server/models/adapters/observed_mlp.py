@@ -26,6 +26,7 @@ from januslens_server.models.adapters.observed_pass import (
     TOLERANCE,
     ModuleCall,
     difference,
+    is_norm,
     same_memory,
     scales,
 )
@@ -43,10 +44,11 @@ HALF = 0.5
 
 @dataclass(frozen=True)
 class FoundMlp:
-    """The MLP of a block: its parts, what it reads and the call that returns its result.
+    """The MLP of a block: its parts, what it reads and the call that gives its result.
 
-    `reader` is the module that reads `input`. `name` is that of the module that contains the whole
-    MLP; for a dense MLP it is empty.
+    `reader` is the module that reads `input`. `result.output` is the sum of the MLP's parts, which
+    is the input of a norm if the module ends with one. `name` is that of the module that contains
+    the whole MLP; for a dense MLP it is empty.
     """
 
     parts: Mlp | Experts
@@ -123,8 +125,12 @@ def find_experts(
         for other in inside
         if is_linear(other) and other.output.shape[-1] != experts.count and other not in (down, up)
     ]
-    experts = _added_up(experts, whole, up or call, maps, calls, config)
-    return FoundMlp(experts, whole.input, whole.module, whole, name)
+    result, norm = whole, _norm_at_end(whole, inside)
+    if norm is not None:
+        experts = replace(experts, norm=norm.module)
+        result = replace(whole, output=norm.input, given=norm.input)
+    experts = _added_up(experts, result, up or call, maps, calls, config)
+    return FoundMlp(experts, whole.input, whole.module, result, name)
 
 
 @torch.no_grad()
@@ -186,6 +192,14 @@ def _stacks_experts(module: nn.Module) -> bool:
     """Whether a module has the experts' matrices in 3-D parameters."""
     own = dict(module.named_parameters(recurse=False))
     return "down_proj" in own and own["down_proj"].dim() == 3
+
+
+def _norm_at_end(whole: ModuleCall, inside: Sequence[ModuleCall]) -> ModuleCall | None:
+    """Return the call of the norm whose result the MLP returns, or None (A.X K1 has one)."""
+    for call in inside:
+        if is_norm(call.module) and same_memory(call.output, whole.output):
+            return call
+    return None
 
 
 def _latent_maps(
