@@ -76,6 +76,19 @@ QWEN3_NEXT = Case(
         "linear_value_head_dim": 8,
     },
 )
+# As many heads of linear attention as of attention, whose gates then look like gates of heads.
+QWEN3_5 = Case(
+    "qwen3_5_text",
+    "linear attention with as many heads",
+    HEADS
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+)
 OLMO_HYBRID = Case(
     "olmo_hybrid",
     "linear attention",
@@ -134,7 +147,7 @@ HYPER = Case(
     },
 )
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
-CASES = (MAMBA, QWEN3_NEXT, OLMO_HYBRID, SHARED_KEYS, OPT)
+CASES = (MAMBA, QWEN3_NEXT, QWEN3_5, OLMO_HYBRID, SHARED_KEYS, OPT)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -191,8 +204,9 @@ def close(found: Any, expected: Any) -> None:
 
 
 def test_levels_say_which_layers_show_less_and_why() -> None:
-    levels = served(OLMO_HYBRID).view.levels
-    assert [found.level for found in levels] == [Level.SUBLAYERS, Level.PARTS]
+    for hybrid in (QWEN3_NEXT, QWEN3_5, OLMO_HYBRID):
+        levels = served(hybrid).view.levels
+        assert [found.level for found in levels] == [Level.SUBLAYERS, Level.PARTS]
     first, second = served(SHARED_KEYS).view.levels
     assert (first.level, second.level) == (Level.PARTS, Level.SUBLAYERS)
     assert dict(second.sublayers)["self_attn"] is SublayerKind.ATTENTION

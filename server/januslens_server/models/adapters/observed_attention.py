@@ -117,12 +117,15 @@ class AttentionFinder:
         query, key, value, *rest = (
             self._maps if len(self._maps) > 2 else [*self._maps, self._maps[1]]
         )
-        n_kv_heads = value.output.shape[-1] // d_head
-        d_key = query.output.shape[-1] // n_heads  # values may have another width
+        n_kv_heads, left = divmod(value.output.shape[-1], d_head)
+        if left or n_kv_heads < 1 or n_heads % n_kv_heads:
+            return  # such as the maps of linear attention
+        d_query = query.output.shape[-1] // n_heads  # values may have another width
+        d_key = key.output.shape[-1] // n_kv_heads
         plain = Layout(linear(query), linear(key), linear(value), n_kv_heads)
-        if not rest and key.output.shape[-1] == n_kv_heads * d_key:
+        if not rest and d_key == d_query:
             yield plain
-        elif not rest and query.output.shape[-1] == 2 * whole:
+        elif not rest and query.output.shape[-1] == 2 * whole and d_key == d_head:
             for columns, gate in _halves(n_heads, d_head):
                 for function in GATES:
                     yield replace(
@@ -130,7 +133,7 @@ class AttentionFinder:
                         query=linear(query, columns),
                         gate=AttentionGate(linear(query, gate), function),
                     )
-        elif rest and rest[0].output.shape[-1] in {n_heads, whole}:
+        elif rest and rest[0].output.shape[-1] in {n_heads, whole} and d_key == d_query:
             for function in GATES:
                 yield replace(plain, gate=AttentionGate(linear(rest[0]), function))
 
