@@ -21,13 +21,16 @@ from januslens_server.errors import ModelFailed
 
 FAMILIES = frozenset(
     """
-    gemma3 idefics3 internvl llava llava_next llava_onevision mistral3 qwen2_5_vl qwen2_vl qwen3_vl
-    qwen3_vl_moe smolvlm vipllava
+    aria exaone4_5 gemma3 gemma4 glm46v glm4v glm4v_moe idefics2 idefics3 internvl kimi_k25 lfm2_vl
+    lighton_ocr llama4 llava llava_next llava_next_video llava_onevision mistral3 qwen2_5_vl
+    qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm vipllava
     """.split()
 )
 # Text decoders without a class of their own, and the family that computes the same. They rotate by
 # time, height and width, which are all equal to the position in a text.
 SAME = {
+    "glm4v_moe_text": "glm4_moe",
+    "glm4v_text": "glm4",
     "qwen2_5_vl_text": "qwen2",
     "qwen2_vl_text": "qwen2",
     "qwen3_vl_moe_text": "qwen3_moe",
@@ -48,12 +51,11 @@ HEADS = ("language_model.lm_head.", "lm_head.")
 # The first parts of the names of the other weights of such a checkpoint.
 OTHER_PARTS = frozenset(
     """
-    connector mm_projector multi_modal_projector multimodal_projector patch_merger vision_embed
-    vision_encoder vision_model vision_projection vision_tower visual image_newline
+    audio_tower connector embed_audio embed_vision image_newline mm_projector
+    multi_modal_projector multimodal_projector patch_merger vision_embed vision_encoder
+    vision_model vision_projection vision_tower visual
     """.split()
 )
-
-CAUSAL = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
 
 Stored = TypeVar("Stored")
 
@@ -67,7 +69,11 @@ def text_decoder(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """
     family = config.model_type
     if family not in FAMILIES:
-        if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - CAUSAL:
+        wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family)
+        alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+        if wrapper and (
+            not alone or (wrapper != alone and wrapper in (config.architectures or ()))
+        ):
             raise ModelFailed(
                 f"{family!r} is a multimodal model whose text decoder is not read: expected a text "
                 f"model, or one of {', '.join(sorted(FAMILIES))}"
@@ -78,6 +84,8 @@ def text_decoder(config: PreTrainedConfig) -> PreTrainedConfig | None:
         settings: dict[str, Any] = text.to_dict()
         del settings["model_type"]
         settings["norm_topk_prob"] = True  # what the experts of Qwen3-VL always do
+        if not settings.get("head_dim"):  # the other family may have another default
+            settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
         rotary: Mapping[str, Any] = settings.get("rope_parameters") or {}
         settings["rope_parameters"] = {k: v for k, v in rotary.items() if k not in ONLY_IMAGES}
         text = CONFIG_MAPPING[SAME[text.model_type]](**settings)
