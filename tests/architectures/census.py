@@ -94,11 +94,12 @@ SMALL = {
     "index_head_dim": 8,
     "index_topk": 8,
 }
-# Settings by type, where a property of the configuration computes the kinds of layers.
+# Settings by type, where the small ones do not fit; None leaves one of them out.
 OWN: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v32": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3": {
         "vision_config": {
             "hidden_size": 16,
@@ -116,6 +117,21 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+    },
+    "recurrent_gemma": {"layer_types": None, "block_types": ["recurrent", "attention"]},
+    "zamba": {
+        "layer_types": None,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+    },
+    "zamba2": {"layer_types": None, "layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
 }
 IDS = [5, 17, 44, 201, 9, 33]
@@ -182,6 +198,7 @@ def _save(family: str, folder: Path) -> str:
     if text is not None and not isinstance(text, dict):
         chosen["text_config"] = _small(text)
     torch.manual_seed(0)
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     config = transformers.AutoConfig.for_model(family, **chosen)
     network: Any = transformers.AutoModelForCausalLM.from_config(config)
     if sum(p.numel() for p in network.parameters()) > MAX_PARAMETERS:

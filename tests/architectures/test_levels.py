@@ -122,6 +122,37 @@ SHARED_KEYS = Case(
         "layer_types": ["full_attention", "full_attention"],
     },
 )
+# Two attentions per block, which the configuration counts as two hidden layers.
+LONGCAT = Case(
+    "longcat_flash",
+    "two attentions per block",
+    LATENT_WIDTHS
+    | {
+        "num_layers": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 4,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 16,
+        "n_routed_experts": 4,
+        "moe_topk": 2,
+        "zero_expert_num": 1,
+    },
+)
+# The last blocks begin with a shared transformer, which also reads the embeddings.
+ZAMBA = Case(
+    "zamba",
+    "shared transformer",
+    {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_key_value_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "n_mamba_heads": 2,
+    },
+)
+# A cap on logits under another name.
+XLSTM = Case("xlstm", "capped logits", {"num_heads": 4, "output_logit_soft_cap": 0.5})
 # Several residual streams side by side.
 ALTUP = Case(
     "gemma3n_text",
@@ -147,7 +178,7 @@ HYPER = Case(
     },
 )
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
-CASES = (MAMBA, QWEN3_NEXT, QWEN3_5, OLMO_HYBRID, SHARED_KEYS, OPT)
+CASES = (MAMBA, QWEN3_NEXT, QWEN3_5, OLMO_HYBRID, SHARED_KEYS, OPT, LONGCAT, ZAMBA, XLSTM)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -164,10 +195,11 @@ def stream_of(case: Case, scale: float | None = None) -> tuple[list[Tensor], Ten
     With a `scale`, the first block's output at position 2 is multiplied by it.
     """
     network, found = plain(case), []
+    n_layers = case.settings.get("num_layers", case.settings.get("num_hidden_layers", 2))
     blocks = next(
         module
         for module in network.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == 2
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers
     )
 
     def first(_module: Any, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:

@@ -73,6 +73,13 @@ class BlockFinder:
         self._input, self._output = block.input, block.output
         self._mixers = self._mixers_beside_attention()
         self._attention, self._mlp, self._others = self._split(config)
+        width = self._input.shape[-1]
+        for part in (self._attention, self._mlp):
+            if part is not None and part.input.shape[-1] != width:
+                raise ModelFailed(
+                    f"{part.result.name} is the output of a sublayer that reads vectors of width "
+                    f"{part.input.shape[-1]}: expected {width}, as in the residual stream"
+                )
         without_latent = self._attention is not None and not self._attention.latent
         if self._choice is not None and without_latent:
             raise ModelFailed(

@@ -304,6 +304,11 @@ def _added_up(
     factors = [*scales(config), HALF]
     errors: dict[tuple[float, float], float] = {}
     shared = torch.zeros_like(expected)
+    if maps and maps[-1].given.shape[-1] != expected.shape[-1]:
+        raise ModelFailed(
+            f"{maps[-1].name} returns vectors of width {maps[-1].given.shape[-1]}: expected "
+            f"{expected.shape[-1]}, the result of a shared expert"
+        )
     if maps:
         shared = rows(maps[-1].given).float()
         if opening is not None:

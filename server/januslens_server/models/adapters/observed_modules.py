@@ -63,6 +63,7 @@ MIXERS = (
     ("rwkv", SublayerKind.LINEAR_ATTENTION),
     ("conv", SublayerKind.CONVOLUTION),
     ("attention", SublayerKind.ATTENTION),
+    ("mla", SublayerKind.ATTENTION),
 )
 
 # Attributes of a mixer for the number of its heads, and for the width of a head's result.

@@ -35,6 +35,9 @@ from januslens_server.results import ModelFacts
 # Maximum difference between logits that must be equal, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+# What blocks pass on that have no residual stream of one vector a position.
+SEVERAL = "its blocks pass on {} residual streams side by side (hyper-connections or AltUp)"
+
 # Fields of configurations for the longest input.
 CONTEXTS = (
     "max_position_embeddings",
@@ -44,6 +47,9 @@ CONTEXTS = (
     "seq_length",
     "context_length",
 )
+
+# Fields of configurations for the cap of logits.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # Arguments of `forward` that continue a sequence, by the names that families use.
 CACHES = ("cache", "past_key_values", "cache_params", "state")
@@ -83,11 +89,14 @@ def find_stream(model: PreTrainedModel) -> Stream:
     Raises:
         ModelFailed: No list of modules passes a residual stream on.
     """
-    n_layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    n_layers = config.num_hidden_layers
+    # LongCat Flash counts its two attentions per block as two hidden layers.
+    counts = {n_layers, getattr(config, "num_layers", n_layers)}
     lists = {
         name: tuple(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     }
     inside = {m for blocks in lists.values() for block in blocks for m in block.modules()}
     outside = [m for m in model.modules() if m not in inside and not list(m.children())]
@@ -142,10 +151,7 @@ def _broken(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[_Call]]) ->
     called = [calls[block][0] for block in blocks]
     for layer, call in enumerate(called):
         if (streams := _streams(call)) > 1:
-            return (
-                f"its blocks pass on {streams} residual streams side by side (hyper-connections or "
-                "AltUp)"
-            )
+            return SEVERAL.format(streams)
         if call.output.shape != call.input.shape or call.output.dim() != 3:
             return f"block {layer} turns {list(call.input.shape)} into {list(call.output.shape)}"
         if not (
@@ -238,6 +244,10 @@ def lens_of_stream(stream: Stream) -> LensHead:
         raise ModelFailed(
             f"the output head is a {type(head).__name__}: expected a linear map with a weight"
         )
+    streams, left = divmod(stream.last.shape[1], head.weight.shape[1])
+    if streams > 1 and not left:
+        reason = f"{stream.name}: {SEVERAL.format(streams)}"
+        raise ModelFailed(f"{reason}; expected blocks that pass on one residual stream")
     if head.weight.shape[1:] != stream.last.shape[1:]:
         raise ModelFailed(
             f"the output head reads vectors of width {head.weight.shape[1]}: expected "
@@ -278,8 +288,8 @@ def _scales(config: Any) -> list[float]:
 
 
 def _caps(config: Any) -> list[float | None]:
-    cap = getattr(config, "final_logit_softcapping", None)
-    return [None] if cap is None else [None, float(cap)]
+    found = (getattr(config, name, None) for name in CAPS)
+    return [None, *(float(cap) for cap in found if cap)]
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
