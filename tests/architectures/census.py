@@ -124,7 +124,11 @@ OWN: dict[str, dict[str, Any]] = {
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
     },
-    "recurrent_gemma": {"layer_types": None, "block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {
+        "attention_window_size": 16,
+        "block_types": ["recurrent", "attention"],
+        "layer_types": None,
+    },
     "zamba": {
         "layer_types": None,
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],

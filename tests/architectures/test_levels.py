@@ -151,7 +151,18 @@ ZAMBA = Case(
         "n_mamba_heads": 2,
     },
 )
-# A cap on logits under another name.
+# Caps of logits under other names.
+RECURRENT_GEMMA = Case(
+    "recurrent_gemma",
+    "capped logits",
+    {
+        "num_key_value_heads": 1,
+        "lru_width": 32,
+        "attention_window_size": 3,
+        "block_types": ["recurrent", "attention"],
+        "logits_soft_cap": 2.0,
+    },
+)
 XLSTM = Case("xlstm", "capped logits", {"num_heads": 4, "output_logit_soft_cap": 0.5})
 # Several residual streams side by side.
 ALTUP = Case(
@@ -178,7 +189,18 @@ HYPER = Case(
     },
 )
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
-CASES = (MAMBA, QWEN3_NEXT, QWEN3_5, OLMO_HYBRID, SHARED_KEYS, OPT, LONGCAT, ZAMBA, XLSTM)
+CASES = (
+    MAMBA,
+    QWEN3_NEXT,
+    QWEN3_5,
+    OLMO_HYBRID,
+    SHARED_KEYS,
+    OPT,
+    LONGCAT,
+    ZAMBA,
+    RECURRENT_GEMMA,
+    XLSTM,
+)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,9 @@ def test_models_of_other_tasks_are_refused(
 ) -> None:
     describe(source, **described)
     break_weights(source)
-    assert f"{found} is not a causal language model" in refusal(source)
+    reason = refusal(source)
+    assert re.search(f"{found} is not a (type|class) of AutoModelForCausalLM", reason)
+    assert reason.endswith("expected a causal language model")
 
 
 def test_code_of_a_model_is_never_run(source: ModelSource) -> None:

@@ -347,13 +347,19 @@ def _refuse_other_tasks(config: PreTrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelFailed(f"{found!r} is an encoder-decoder: expected a decoder-only model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelFailed(f"{found!r} is not a causal language model")
+        raise ModelFailed(
+            f"{found!r} is not a type of AutoModelForCausalLM in transformers: expected a causal "
+            "language model"
+        )
     if config.get_text_config().num_hidden_layers < 1:
         raise ModelFailed("config.json describes a model without layers: expected at least one")
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for name in config.architectures or ():
         if "For" in name and not name.endswith("ForCausalLM") and name not in causal:
-            raise ModelFailed(f"{name!r} is not a causal language model")
+            raise ModelFailed(
+                f"{name!r} is not a class of AutoModelForCausalLM in transformers: expected a "
+                "causal language model"
+            )
 
 
 def _weight_files(folder: Path) -> list[str]:

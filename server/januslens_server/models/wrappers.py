@@ -69,11 +69,7 @@ def text_decoder(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """
     family = config.model_type
     if family not in FAMILIES:
-        wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family)
-        alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
-        if wrapper and (
-            not alone or (wrapper != alone and wrapper in (config.architectures or ()))
-        ):
+        if _is_wrapper(config):
             raise ModelFailed(
                 f"{family!r} is a multimodal model whose text decoder is not read: expected a text "
                 f"model, or one of {', '.join(sorted(FAMILIES))}"
@@ -95,6 +91,15 @@ def text_decoder(config: PreTrainedConfig) -> PreTrainedConfig | None:
             "language model"
         )
     return text
+
+
+def _is_wrapper(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint is a multimodal model, and not a text decoder of its family."""
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if whole in {None, text}:  # no wrapper, or one that AutoModelForCausalLM loads
+        return False
+    return text is None or whole in (config.architectures or ())
 
 
 def wrapper_name(config: PreTrainedConfig) -> str:

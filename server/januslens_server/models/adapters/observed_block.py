@@ -73,19 +73,29 @@ class BlockFinder:
         self._input, self._output = block.input, block.output
         self._mixers = self._mixers_beside_attention()
         self._attention, self._mlp, self._others = self._split(config)
-        width = self._input.shape[-1]
-        for part in (self._attention, self._mlp):
-            if part is not None and part.input.shape[-1] != width:
-                raise ModelFailed(
-                    f"{part.result.name} is the output of a sublayer that reads vectors of width "
-                    f"{part.input.shape[-1]}: expected {width}, as in the residual stream"
-                )
+        self._check_widths()
         without_latent = self._attention is not None and not self._attention.latent
         if self._choice is not None and without_latent:
             raise ModelFailed(
                 f"{self._choice.name} chooses the sources of attention: expected attention with "
                 "latent vectors"
             )
+
+    def _check_widths(self) -> None:
+        """Raise `ModelFailed` unless attention and MLP read and return vectors of d_model.
+
+        Attention of Zamba also reads the token's embedding.
+        """
+        width = self._input.shape[-1]
+        for part, name in ((self._attention, "attention"), (self._mlp, "MLP")):
+            if part is None:
+                continue
+            for tensor, verb in ((part.input, "reads"), (part.result.output, "returns")):
+                if tensor.shape[-1] != width:
+                    raise ModelFailed(
+                        f"the {name} of {self._name} {verb} vectors of width {tensor.shape[-1]}: "
+                        f"expected {width}, as in the residual stream"
+                    )
 
     def block(
         self,

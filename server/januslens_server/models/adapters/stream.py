@@ -8,6 +8,7 @@ final norm and head must give the model's own logits from the last block's outpu
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ CONTEXTS = (
     "context_length",
 )
 
-# Fields of configurations for the cap of logits.
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Fields of configurations for the cap of logits or of other values.
+SOFT_CAP = re.compile("soft_?cap")
 
 # Arguments of `forward` that continue a sequence, by the names that families use.
 CACHES = ("cache", "past_key_values", "cache_params", "state")
@@ -89,15 +90,8 @@ def find_stream(model: PreTrainedModel) -> Stream:
     Raises:
         ModelFailed: No list of modules passes a residual stream on.
     """
-    config = model.config.get_text_config()
-    n_layers = config.num_hidden_layers
-    # LongCat Flash counts its two attentions per block as two hidden layers.
-    counts = {n_layers, getattr(config, "num_layers", n_layers)}
-    lists = {
-        name: tuple(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) in counts
-    }
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = _lists(model, n_layers)
     inside = {m for blocks in lists.values() for block in blocks for m in block.modules()}
     outside = [m for m in model.modules() if m not in inside and not list(m.children())]
     ids = observed_ids(model)
@@ -112,6 +106,25 @@ def find_stream(model: PreTrainedModel) -> Stream:
         reasons.append(f"{name}: {reason}")
     found = "; ".join(reasons) or f"found no list of {n_layers} blocks"
     raise ModelFailed(f"{found}; expected blocks that pass on one residual stream")
+
+
+def _lists(model: PreTrainedModel, n_layers: int) -> dict[str, tuple[nn.Module, ...]]:
+    """Return the lists of as many modules as the configuration has layers, by name.
+
+    Without one, return the lists that are in no other: each block of LongCat Flash counts as two
+    layers.
+    """
+    lists = {
+        name: tuple(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    counted = {name: blocks for name, blocks in lists.items() if len(blocks) == n_layers}
+    return counted or {
+        name: blocks
+        for name, blocks in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
 
 
 @torch.no_grad()
@@ -288,8 +301,12 @@ def _scales(config: Any) -> list[float]:
 
 
 def _caps(config: Any) -> list[float | None]:
-    found = (getattr(config, name, None) for name in CAPS)
-    return [None, *(float(cap) for cap in found if cap)]
+    """List None and the caps that the configuration may give logits, by any name."""
+    found: list[float | None] = [None]
+    for name, value in config.to_dict().items():
+        if SOFT_CAP.search(name) and type(value) in {int, float} and value > 0:
+            found.append(float(value))
+    return list(dict.fromkeys(found))
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
