@@ -7,6 +7,7 @@ placed in a user's own axes and saved in any format. matplotlib is imported when
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,8 @@ def _contributions(trace: Trace, ax: Axes | None, position: int | None, at_most:
 
 def _tree_labels(ax: Axes, places: Sequence[int], names: Sequence[str]) -> None:
     """Label the rows with names that are aligned on the left, so that their indentation shows."""
-    ax.set_yticks(places, names, parse_math=False, fontsize="small", ha="left")
+    directed = [_directed(name) for name in names]
+    ax.set_yticks(places, directed, parse_math=False, fontsize="small", ha="left")
     figure = _figure(ax)
     widest = max((label.get_window_extent().width for label in ax.get_yticklabels()), default=0.0)
     ax.tick_params(axis="y", left=False, pad=4 + widest * 72 / figure.dpi)
@@ -274,7 +276,7 @@ def _grid(
     places = list(range(0, len(columns), every))
     ax.set_xticks(
         places,
-        [columns[place] for place in places],
+        [_directed(columns[place]) for place in places],
         parse_math=False,
         fontsize="small",
         rotation=45 if max(map(len, columns), default=0) > 4 else 0,
@@ -303,7 +305,7 @@ def _cell(ax: Axes, row: int, column: int, text: str, colour: Any) -> None:
     ax.text(
         column,
         row,
-        shown,
+        _directed(shown),
         ha="center",
         va="center",
         fontsize="x-small",
@@ -337,7 +339,22 @@ def _scale(least: float, largest: float, *, linear: bool = False) -> Normalize:
 
 
 def _title(ax: Axes, text: str) -> None:
-    ax.set_title(text, loc="left", fontsize="medium", parse_math=False, wrap=True)
+    ax.set_title(_directed(text), loc="left", fontsize="medium", parse_math=False, wrap=True)
+
+
+_RIGHT_TO_LEFT = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff"
+_RUN = re.compile(f"␣?[{_RIGHT_TO_LEFT}](?:[{_RIGHT_TO_LEFT}\\s\\d]*[{_RIGHT_TO_LEFT}\\d])?")
+
+
+def _directed(text: str) -> str:
+    """Isolate words that are written from right to left, which do not reorder the text around them.
+
+    Before 3.11, matplotlib ignores directions and draws the control characters.
+    """
+    if require("matplotlib", "figures", "a figure").__version_info__ < (3, 11):
+        return text
+    isolated = _RUN.sub("\u2067\\g<0>\u2069", text)
+    return text if isolated == text else f"\u200e{isolated}"
 
 
 def _clean(ax: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ def gradient(client: Client) -> Gradient:
 def axes(figure: Any) -> list[Any]:
     """Return the axes; the types of matplotlib's artists do not tell what they hold."""
     return list(figure.axes)
+
+
+def pixels(figure: Any) -> np.ndarray[Any, Any]:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="rgba")
+    return np.frombuffer(drawn.getvalue(), np.uint8)
 
 
 def test_filled_bars_of_the_tree_add_up_to_the_logit(trace: Trace) -> None:
@@ -141,6 +148,19 @@ def test_texts_are_not_read_as_formulas_and_axes_can_be_given(trace: Trace, tmp_
     (image,) = left.images
     assert np.asarray(image.get_array()).tolist() == [[1.0, -2.0]]
     assert plt.get_fignums() == []
+
+
+@pytest.mark.skipif(mpl.__version_info__ < (3, 11), reason="matplotlib ignores directions")
+def test_words_from_right_to_left_do_not_reorder_a_title() -> None:
+    found = januslens.HeatMap(
+        "logit of ␣שלם: +5.28 (3)", "layer", ("0",), "token", ("a",), np.ones((1, 1))
+    )
+    figure = found.figure()
+    figure.set_layout_engine("none")  # which moves the axes with every drawing
+    drawn = pixels(figure)
+    # An override sets the order of the letters as they are seen, from left to right.
+    axes(figure)[0].set_title("logit of \u202dםלש␣\u202c: +5.28 (3)", loc="left", fontsize="medium")
+    assert np.array_equal(drawn, pixels(figure))
 
 
 def test_unknown_figures_are_refused(trace: Trace, gradient: Gradient) -> None:
