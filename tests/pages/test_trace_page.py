@@ -599,6 +599,31 @@ def test_slide_has_the_shape_of_a_slide(tab: Page, demo: Traced, tmp_path: Path)
     assert width / height == pytest.approx(16 / 9)
 
 
+def test_panels_of_a_slide_are_beside_each_other_where_they_fill_it(
+    tab: Page, large: Traced, tmp_path: Path
+) -> None:
+    opened(tab, large, "layers=5")
+    path = exported(tab, "SVG", tmp_path / "slide.svg", size="slide")
+    tab.goto(path.as_uri())
+    places = tab.evaluate(
+        """() => {
+          const slide = document.documentElement.getBoundingClientRect()
+          return [...document.querySelectorAll('svg > svg')].map((panel) => {
+            const { left, top, right, bottom } = panel.getBoundingClientRect()
+            return [left, right].map((x) => x / slide.width)
+              .concat([top, bottom].map((y) => y / slide.height))
+          })
+        }"""
+    )
+    assert len(places) == 3
+    for i, (left, right, top, bottom) in enumerate(places):
+        for other_left, other_right, other_top, other_bottom in places[:i]:
+            beside = left >= other_right or right <= other_left
+            assert beside or top >= other_bottom or bottom <= other_top
+    assert max(place[1] for place in places) - min(place[0] for place in places) > 0.6
+    assert max(place[3] for place in places) <= 1
+
+
 def pages_of(pdf: bytes) -> list[tuple[float, float]]:
     """The widths and heights of a PDF's pages, in points."""
     boxes = re.findall(rb"/MediaBox\s*\[\s*0 0 ([\d.]+) ([\d.]+)\s*\]", pdf)

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { wrapped } from '../src/browser/export'
+import { columnings, wrapped } from '../src/browser/export'
 
 // Isolates have no width, and other characters that of a letter.
 const widthOf = (text: string) => text.replace(/[\u2066-\u2069]/g, '').length
@@ -19,4 +19,19 @@ test('both lines of an isolated text keep its direction', () => {
     '\u2067عاصمة\u2069',
     '\u2067فرنسا\u2069 → x',
   ])
+})
+
+test('rows are divided into columns of similar heights', () => {
+  const divided = columnings([3, 6, 7, 1], (height) => height)
+  const byNumber = new Map(divided.map((columns) => [columns.length, columns]))
+  assert.deepEqual([...byNumber.keys()].sort(), [1, 2, 3, 4])
+  assert.deepEqual(byNumber.get(2), [
+    [3, 6],
+    [7, 1],
+  ])
+  assert.deepEqual(byNumber.get(3), [[3], [6], [7, 1]])
+  assert.deepEqual(
+    columnings([5], (height) => height),
+    [[[5]]],
+  )
 })

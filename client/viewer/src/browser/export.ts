@@ -41,6 +41,7 @@ const SIZES: Record<string, Size> = {
   page: { name: '170 mm, two columns', layout: 912, millimetres: 170, slide: false },
   slide: { name: 'slide, 16:9', layout: 1180, millimetres: 338.67, slide: true },
 }
+const SLIDE_LAYOUTS = [1180, 912] // px; the one with the largest text is taken
 
 /** A picture of the page and its name. */
 interface Panel {
@@ -142,10 +143,17 @@ interface Figure {
 }
 
 function figureOf(exported: Exported, panels: readonly Panel[], size: Size): Figure {
-  exported.layout(size.layout)
-  // A panel that needs more room makes the figure wider, so the others fill it as well.
-  if (size.layout) exported.layout(Math.max(size.layout, ...panels.map(widthOf)))
-  const figure = standaloneFigure(panels, size, exported.footnotes?.() ?? [])
+  const footnotes = exported.footnotes?.() ?? []
+  const layOut = (width: number | undefined) => {
+    exported.layout(width)
+    // A panel that needs more room makes the figure wider, so the others fill it as well.
+    if (width) exported.layout(Math.max(width, ...panels.map(widthOf)))
+    return arranged(panels, size, footnotes)
+  }
+  const layouts = size.slide ? SLIDE_LAYOUTS : [size.layout]
+  const widths = layouts.map((layout) => sheetOf(layOut(layout), size).width)
+  const best = layouts[widths.indexOf(Math.min(...widths))]
+  const figure = drawn(layOut(best), size)
   exported.layout(undefined)
   return figure
 }
@@ -157,23 +165,61 @@ const BESIDE = 28 // px between the panels of a row
 const SVG = 'http://www.w3.org/2000/svg'
 const PIXEL = 25.4 / 96 // mm
 
-/**
- * All panels, in rows below the page's title and above the footnotes, with resolved colours and fonts.
- */
-function standaloneFigure(
-  panels: readonly Panel[],
+/** Where the texts and pictures of a figure are, in pixels. */
+interface Arrangement {
+  width: number
+  height: number
+  lines: { text: string; style: keyof typeof FONTS; x: number; y: number }[]
+  pictures: { panel: Panel; x: number; y: number }[]
+}
+
+/** All panels, in rows below the page's title and above the footnotes; on a slide in columns. */
+function arranged(panels: readonly Panel[], size: Size, footnotes: readonly string[]): Arrangement {
+  const room = Math.max(size.layout ?? 0, ...panels.map(widthOf))
+  const rows = rowsOf(panels, room)
+  if (!size.slide) return inColumns([rows], room, size, footnotes)
+  const widest = Math.max(1, ...rows.map(rowWidth))
+  const all = columnings(rows, rowHeight).map((columns) =>
+    inColumns(columns, widest, size, footnotes),
+  )
+  return all.reduce((a, b) => (sheetOf(b, size).width < sheetOf(a, size).width ? b : a))
+}
+
+/** Divides rows into 1, 2, ... columns in their order, so that the highest column is low. */
+export function columnings<Row>(rows: readonly Row[], heightOf: (row: Row) => number): Row[][][] {
+  const total = (some: readonly Row[]) => some.reduce((sum, row) => sum + heightOf(row), 0)
+  const limits = rows.flatMap((_, from) =>
+    rows.slice(from).map((_, n) => total(rows.slice(from, from + n + 1))),
+  )
+  const found = new Map<number, Row[][]>()
+  for (const limit of limits.sort((a, b) => a - b)) {
+    const columns: Row[][] = []
+    for (const row of rows) {
+      const last = columns.at(-1)
+      if (last && total([...last, row]) <= limit) last.push(row)
+      else columns.push([row])
+    }
+    if (columns.every((column) => total(column) <= limit) && !found.has(columns.length))
+      found.set(columns.length, columns)
+  }
+  return [...found.values()]
+}
+
+function inColumns(
+  columns: readonly Panel[][][],
+  room: number,
   size: Size,
   footnotes: readonly string[],
-): Figure {
-  const room = Math.max(size.layout ?? 0, ...panels.map(widthOf))
+): Arrangement {
   const margin = size.millimetres && !size.slide ? PAPER_MARGIN : MARGIN
-  const width = room + 2 * margin
-  const parts: string[] = []
+  const inner = columns.length * (room + BESIDE) - BESIDE
+  const lines: Arrangement['lines'] = []
+  const pictures: Arrangement['pictures'] = []
   let y = margin
   const write = (text: string, style: 'title' | 'quiet') => {
-    for (const line of wrapped(text, room, measured(style))) {
+    for (const line of wrapped(text, inner, measured(style))) {
       y += HEIGHTS[style]
-      parts.push(textLine(line, style, margin, y))
+      lines.push({ text: line, style, x: margin, y })
     }
   }
   const made = Array.from(
@@ -184,48 +230,72 @@ function standaloneFigure(
     write(isolatedText(title), 'title')
     if (made[i] !== made[i + 1]) write(made[i] ?? '', 'quiet') // once for two prompts of one model
   })
-  for (const row of rowsOf(panels, room)) {
-    y += GAP
-    const titles = row.map((panel) => {
-      const own = row.length === 1 ? room : widthOf(panel)
-      return wrapped(panel.name, own, measured('panel'))
-    })
-    const top = y + HEIGHTS.panel * Math.max(...titles.map(({ length }) => length)) + 8
-    let x = margin
-    row.forEach((panel, i) => {
-      titles[i]?.forEach((line, j) => {
-        parts.push(textLine(line, 'panel', x, y + HEIGHTS.panel * (j + 1)))
-      })
-      const copy = resolvedCopy(panel.picture)
-      copy.setAttribute('x', String(x))
-      copy.setAttribute('y', String(top))
-      parts.push(new XMLSerializer().serializeToString(copy))
-      x += widthOf(panel) + BESIDE
-    })
-    y = top + Math.max(...row.map(({ picture }) => picture.height.baseVal.value))
-  }
+  const ends = columns.map((rows, i) => {
+    const left = margin + i * (room + BESIDE)
+    return rows.reduce((top, row) => placeRow({ lines, pictures }, row, left, top, room), y)
+  })
+  y = Math.max(y, ...ends)
   if (footnotes.length > 0) y += GAP - HEIGHTS.quiet
   for (const line of footnotes) write(line, 'quiet')
-  return framed(parts.join(''), width, y + margin, size)
+  return { width: inner + 2 * margin, height: y + margin, lines, pictures }
+}
+
+/** Places the panels of a row, and their names above them; returns where the row ends. */
+function placeRow(
+  { lines, pictures }: Pick<Arrangement, 'lines' | 'pictures'>,
+  row: readonly Panel[],
+  left: number,
+  above: number,
+  room: number,
+): number {
+  const titles = row.map((panel) => {
+    const own = row.length === 1 ? room : widthOf(panel)
+    return wrapped(panel.name, own, measured('panel'))
+  })
+  const y = above + GAP
+  const top = y + HEIGHTS.panel * Math.max(...titles.map(({ length }) => length)) + 8
+  let x = left
+  row.forEach((panel, i) => {
+    titles[i]?.forEach((text, j) => {
+      lines.push({ text, style: 'panel', x, y: y + HEIGHTS.panel * (j + 1) })
+    })
+    pictures.push({ panel, x, y: top })
+    x += widthOf(panel) + BESIDE
+  })
+  return top + rowHeight(row)
+}
+
+/** The figure as an image, with resolved colours and fonts. */
+function drawn(arrangement: Arrangement, size: Size): Figure {
+  const parts = arrangement.lines.map(({ text, style, x, y }) => textLine(text, style, x, y))
+  for (const { panel, x, y } of arrangement.pictures) {
+    const copy = resolvedCopy(panel.picture)
+    copy.setAttribute('x', String(x))
+    copy.setAttribute('y', String(y))
+    parts.push(new XMLSerializer().serializeToString(copy))
+  }
+  return framed(parts.join(''), arrangement, size)
 }
 
 function widthOf({ picture }: Panel): number {
   return picture.width.baseVal.value
 }
 
+function rowHeight(row: readonly Panel[]): number {
+  return Math.max(...row.map(({ picture }) => picture.height.baseVal.value))
+}
+
+function rowWidth(row: readonly Panel[]): number {
+  return row.reduce((width, panel) => width + BESIDE + widthOf(panel), -BESIDE)
+}
+
 /** The panels in their order; those that fit beside each other are in one row. */
 function rowsOf(panels: readonly Panel[], room: number): Panel[][] {
   const rows: Panel[][] = []
-  let taken = 0
   for (const panel of panels) {
     const row = rows.at(-1)
-    if (row && taken + BESIDE + widthOf(panel) <= room) {
-      row.push(panel)
-      taken += BESIDE + widthOf(panel)
-    } else {
-      rows.push([panel])
-      taken = widthOf(panel)
-    }
+    if (row && rowWidth([...row, panel]) <= room) row.push(panel)
+    else rows.push([panel])
   }
   return rows
 }
@@ -307,12 +377,17 @@ function directed(lines: readonly string[]): string[] {
   })
 }
 
+/** The size in pixels of the sheet around a figure, which on a slide has margins on two sides. */
+function sheetOf({ width, height }: Arrangement, { slide }: Size) {
+  return slide
+    ? { width: Math.max(width, (height * 16) / 9), height: Math.max(height, (width * 9) / 16) }
+    : { width, height }
+}
+
 /** The outer element: its viewBox, its size on paper and its background. */
-function framed(content: string, width: number, height: number, size: Size): Figure {
-  const [w, h] = size.slide
-    ? [Math.max(width, (height * 16) / 9), Math.max(height, (width * 9) / 16)]
-    : [width, height]
-  const [x, y] = [(width - w) / 2, (height - h) / 2]
+function framed(content: string, arrangement: Arrangement, size: Size): Figure {
+  const { width: w, height: h } = sheetOf(arrangement, size)
+  const [x, y] = [(arrangement.width - w) / 2, (arrangement.height - h) / 2]
   const paper = size.millimetres ?? w * PIXEL
   const millimetres = [paper, (paper * h) / w] as const
   const [wide, high] = size.millimetres

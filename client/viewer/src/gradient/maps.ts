@@ -26,7 +26,7 @@ import { at, count, measure } from '../presentation/wording'
 
 // The heat maps: the tokens of inputs and VJPs, and the target's rank.
 
-const SEGMENT = [100, 144] as const // px; fits the numbers, and the longest name
+const SEGMENT = [110, 144] as const // px; fits the numbers, and the longest name
 
 export interface Shown {
   width: number
