@@ -319,6 +319,14 @@ def test_fields_that_a_button_needs_say_what_to_enter(live: Page) -> None:
     assert live.locator(".answer-panel").count() == 0
 
 
+def test_question_is_as_wide_as_a_narrow_window(live: Page) -> None:
+    live.set_viewport_size({"width": 768, "height": 900})
+    question = live.locator(".ask").bounding_box()
+    live.set_viewport_size({"width": 1600, "height": 1000})
+    assert question
+    assert question["width"] > 700
+
+
 def test_server_errors_are_shown(live: Page) -> None:
     live.get_by_label("Prompt", exact=True).fill(PROMPT)
     live.get_by_text("more", exact=True).click()

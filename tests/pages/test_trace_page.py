@@ -421,6 +421,26 @@ def test_page_works_with_the_keyboard_alone(tab: Page, demo: Traced) -> None:
     assert "sel=" not in tab.url
 
 
+def test_focused_part_is_not_covered_by_the_facts_of_a_narrow_window(
+    tab: Page, large: Traced
+) -> None:
+    opened(tab, large)
+    tab.set_viewport_size({"width": 1024, "height": 700})
+    tab.locator("svg.overview .cell").last.focus()
+    for key in ("Enter", "ArrowUp", "ArrowUp", "Enter"):
+        tab.keyboard.press(key)
+    facts = tab.locator(".inspector.has-selection")
+    expect(facts).to_be_in_viewport()
+    focused, covering = tab.locator("svg.overview :focus").bounding_box(), facts.bounding_box()
+    assert focused
+    assert covering
+    assert focused["y"] >= 0
+    assert focused["y"] + focused["height"] <= covering["y"]
+    tab.keyboard.press("Escape")
+    expect(tab.locator(".inspector.has-selection")).to_have_count(0)
+    expect(tab.locator("svg.overview :focus")).to_have_attribute("tabindex", "0")
+
+
 def test_table_equals_the_trace_and_sorts(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "layers=3&view=table")
     rows = tab.locator("table.nodes tbody tr")

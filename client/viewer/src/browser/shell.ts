@@ -94,6 +94,15 @@ function write(fragment: string): void {
   }
 }
 
+/** Keeps the facts of a selection in sight in a narrow window, and the focused part beside them. */
+export function showSelection(facts: HTMLElement, selection: string): void {
+  facts.classList.toggle('has-selection', selection !== '')
+  if (facts.dataset.selection === selection) return
+  facts.dataset.selection = selection
+  const focused = document.hasFocus() && document.activeElement
+  if (focused instanceof SVGElement) focused.scrollIntoView({ block: 'nearest', inline: 'nearest' })
+}
+
 export type Theme = '' | 'light' | 'dark'
 
 /** Sets the theme; '' follows the system. The colours are in styles/theme.css. */

@@ -6,6 +6,7 @@ import {
   type Shell,
   setTheme,
   shell,
+  showSelection,
   type Theme,
 } from '../browser/shell'
 import {
@@ -17,6 +18,7 @@ import {
 } from '../browser/streams'
 import { finite, type InterveneResponse, number } from '../contract'
 import { type Effect, Effects, type Measure } from '../model/effects'
+import { isolated } from '../model/tokens'
 import {
   button,
   choice,
@@ -26,7 +28,13 @@ import {
   THEMES,
   tokenText,
 } from '../presentation/elements'
-import { drawHeatMap, type HeatCell, heatPicture, type Legend } from '../presentation/heatmap'
+import {
+  drawHeatMap,
+  type HeatCell,
+  heatPicture,
+  LEGEND_LINE,
+  type Legend,
+} from '../presentation/heatmap'
 import {
   columnsIn,
   type Direction,
@@ -70,6 +78,7 @@ class EffectsView {
   private readonly effects = new Effects()
   private readonly svg = heatPicture('Effects of the experiments')
   private readonly heading = element('div', { class: 'heading' })
+  private readonly title = element('h2', {})
   private readonly changes = new ChangeTracker()
   private readonly draw = oncePerFrame(() => this.redraw())
   private readonly measures = choice('Measure', MEASURES, (measure) => this.state.set({ measure }))
@@ -92,11 +101,14 @@ class EffectsView {
         exportDialog({ title, stream: 'effects', layout: (width) => this.layout(width) }),
       ),
     )
-    parts.main.append(element('section', { class: 'overview-box' }, picture))
+    parts.main.append(element('section', { class: 'overview-box panel' }, this.title, picture))
     for (const region of [picture, parts.aside]) {
       region.addEventListener('click', (event) => this.clicked(event))
     }
     picture.addEventListener('keydown', (event) => this.pressed(event))
+    document.addEventListener('keydown', ({ key }) => {
+      if (key === 'Escape') this.state.set({ sel: '' })
+    })
     this.state.subscribe(() => this.draw())
     new ResizeObserver(() => this.draw()).observe(parts.main)
     setTheme(this.state.get('theme') as Theme)
@@ -104,7 +116,7 @@ class EffectsView {
 
   feed(message: InterveneResponse): void {
     this.effects.feed(message)
-    this.draw()
+    if (isLive()) this.draw() // a saved page has all of them at once
   }
 
   finish(): void {
@@ -151,6 +163,7 @@ class EffectsView {
     if (!chosen) return
     this.drawMap(width, chosen)
     this.fillInspector(chosen)
+    showSelection(this.parts.aside, state.get('sel') && placeOf(chosen))
   }
 
   private fillHeader(): void {
@@ -161,9 +174,11 @@ class EffectsView {
     title.append(element('span', { class: 'arrow' }, ' → '), answer)
     const [first] = effects.strongest(this.measure())
     const story = element('p', { class: 'story' })
+    const measured = MEASURES.find(([name]) => (name || 'logit') === this.measure())?.[1] ?? ''
+    const whose = this.measure() === 'kl' ? [] : [' of ', tokenText(effects.target.label)]
+    this.title.replaceChildren(measured.charAt(0).toUpperCase(), measured.slice(1), ...whose)
     if (first) {
       const value = valueText(effects.value(first, this.measure()), this.measure())
-      const measured = MEASURES.find(([name]) => (name || 'logit') === this.measure())?.[1] ?? ''
       const of = `${count(effects.all.length)} of ${count(effects.experiments)} experiments`
       story.append(`${of}. Largest ${measured}: ${value}, ${effects.name(first)}.`)
     }
@@ -202,7 +217,7 @@ class EffectsView {
           return effect && this.cell(effect, largest, effect === chosen)
         },
       },
-      legendOf(largest, measure),
+      legendOf(largest, measure, effects),
     )
     const picture = this.svg.node() as SVGSVGElement
     const current = picture.querySelector(`[data-id="${CSS.escape(placeOf(chosen))}"]`)
@@ -218,7 +233,7 @@ class EffectsView {
         {
           mark: '',
           text: valueText(value, this.measure()),
-          strong: effect.after.targetRank !== effects.before.targetRank,
+          strong: changesRank(effect, effects),
         },
       ],
       corner: '',
@@ -305,11 +320,19 @@ function paintOf(value: number, largest: number) {
   return { fill: `color-mix(in srgb, var(${colour}) ${share}%, var(--paper))`, ink: 'var(--ink)' }
 }
 
-function legendOf(largest: number, measure: Measure): Legend {
+function changesRank({ after }: Effect, { before }: Effects): boolean {
+  return after.targetRank !== before.targetRank
+}
+
+function legendOf(largest: number, measure: Measure, effects: Effects): Legend {
   const values =
     measure === 'kl' ? [0, largest / 2, largest] : [-largest, -largest / 2, 0, largest / 2, largest]
+  const bold = effects.all.some((effect) => changesRank(effect, effects))
+    ? `bold: the rank of ${isolated(effects.target.label)} changes`
+    : ''
   return {
-    key: `${largest} ${measure}`,
+    key: `${largest} ${measure} ${bold}`,
+    lines: bold ? 2 : 1,
     draw: (group) => {
       group
         .selectAll('rect')
@@ -322,14 +345,22 @@ function legendOf(largest: number, measure: Measure): Legend {
         .attr('class', 'effect-key')
         .style('fill', (value) => paintOf(value, largest).fill)
       group
-        .selectAll('text')
+        .selectAll('text.value')
         .data(values)
         .join('text')
+        .attr('class', 'value')
         .attr('x', (_, i) => i * 66 + 32)
         .attr('y', 9.5)
         .attr('text-anchor', 'middle')
         .attr('dominant-baseline', 'central')
         .text((value) => valueText(value, measure))
+      group
+        .selectAll('text.column')
+        .data(bold ? [bold] : [])
+        .join('text')
+        .attr('class', 'column')
+        .attr('y', 18 + LEGEND_LINE)
+        .text((text) => text)
     },
   }
 }

@@ -5,6 +5,7 @@ import {
   type Shell,
   setTheme,
   shell,
+  showSelection,
   type Theme,
 } from '../browser/shell'
 import {
@@ -162,6 +163,7 @@ export class GradientView {
     this.drawFacts(selected)
     this.drawTables()
     this.keepFocus(selected)
+    showSelection(this.parts.aside, placeOf(this.state.get('sel')) ? selected : '')
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
   }
 

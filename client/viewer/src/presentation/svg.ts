@@ -54,10 +54,11 @@ export function needsRedraw(element: Element, key: string): boolean {
 
 export type Direction = 'ArrowLeft' | 'ArrowRight' | 'ArrowUp' | 'ArrowDown'
 
-/** Makes one element of a picture its only Tab stop. */
+/** Makes one element of a picture its only Tab stop: the focused one, `current`, or the last. */
 export function setTabStop(picture: Element, current: Element | undefined): void {
   const stops = picture.querySelectorAll<SVGElement>('[tabindex]')
-  const chosen = current ?? stops[stops.length - 1]
+  const focused = [...stops].find((stop) => stop === document.activeElement)
+  const chosen = focused ?? current ?? stops[stops.length - 1]
   for (const stop of stops) {
     const wanted = stop === chosen ? '0' : '-1'
     if (stop.getAttribute('tabindex') !== wanted) stop.setAttribute('tabindex', wanted)

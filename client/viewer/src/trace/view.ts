@@ -5,6 +5,7 @@ import {
   type Shell,
   setTheme,
   shell,
+  showSelection,
   type Theme,
 } from '../browser/shell'
 import {
@@ -212,8 +213,8 @@ export class TraceView {
     this.details.draw(width, position, marks, this.layers())
     const knockOut = (node: GraphNode) => this.knockOuts.section(node, graph)
     fillInspector(this.parts.aside, graph, state, { position, found, tree, knockOut })
-    this.parts.aside.classList.toggle('has-selection', graph.node(state.get('sel')) !== undefined)
     this.keepFocus()
+    showSelection(this.parts.aside, graph.node(state.get('sel'))?.id ?? '')
     this.drawn = performance.now()
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
   }
