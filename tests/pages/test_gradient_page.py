@@ -408,6 +408,35 @@ def test_axe_reports_nothing_serious(tab: Page, page: str, scheme: str) -> None:
     assert serious_findings(tab) == []
 
 
+def test_facts_of_a_selection_stay_in_sight_in_a_narrow_window(tab: Page, deep: Shown) -> None:
+    tab.set_viewport_size({"width": 1024, "height": 900})
+    tab.goto(deep.url)
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    tab.locator(".chip.painted").first.click()
+    expect(tab.locator(".inspector h2")).to_be_in_viewport()
+    tab.keyboard.press("Escape")
+    expect(tab.locator(".inspector h2")).not_to_be_in_viewport()
+
+
+def test_bars_of_promoted_and_suppressed_tokens_have_one_scale(
+    tab: Page, page: str, gradient: januslens.Gradient
+) -> None:
+    tab.goto(f"{page}#sel=L3/p7/FF2")
+    [component] = [found for found in gradient.matrix(3, "FF2").components if found.position == 7]
+    read = component.projection
+    assert read
+    # Of δ, which a descent step subtracts.
+    expected = [-score.logit for score in (*read.bottom, *read.top)]
+    bars = tab.locator(".facts .scored .bar")
+    expect(bars).to_have_count(len(expected))
+    found = bars.evaluate_all(
+        """all => all.map((bar) =>
+          (bar.matches('.subtracts') ? -1 : 1) * bar.style.getPropertyValue('--share'))"""
+    )
+    largest = max(map(abs, expected))
+    assert found == pytest.approx([change / largest for change in expected], abs=1e-3)
+
+
 def test_narrow_window_does_not_scroll_sideways(tab: Page, page: str) -> None:
     tab.goto(page)
     tab.set_viewport_size({"width": 700, "height": 900})

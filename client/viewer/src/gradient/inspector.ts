@@ -36,10 +36,12 @@ function componentFacts(component: Component, model: GradientModel): HTMLElement
   const facts = element('section', { class: 'facts', 'data-place': where(component, model) })
   const target = model.targets[0]?.id
   const shift = shiftOf(component)
+  const shifts = shift ? [...shift.promoted, ...shift.suppressed] : []
+  const largest = Math.max(1e-9, ...shifts.map(({ change }) => Math.abs(finite(change))))
   const lists = shift
     ? [
-        shiftList('↑ Promoted by a descent step', shift.promoted, target),
-        shiftList('↓ Suppressed by a descent step', shift.suppressed, target),
+        shiftList('↑ Promoted by a descent step', shift.promoted, target, largest),
+        shiftList('↓ Suppressed by a descent step', shift.suppressed, target, largest),
       ]
     : [
         scoredList('Top tokens of x, the input', reading?.top ?? [], target),
@@ -55,16 +57,16 @@ function componentFacts(component: Component, model: GradientModel): HTMLElement
   return facts
 }
 
-/** A table of tokens with the change of their logits; the target is emphasised. */
+/** A table of tokens with the change of their logits, the largest of which has a full bar. */
 function shiftList(
   title: string,
   shifted: readonly Shifted[],
   target: number | undefined,
+  largest: number,
 ): HTMLElement {
   if (shifted.length === 0) return element('span')
-  const largest = Math.max(1e-9, ...shifted.map(({ change }) => Math.abs(finite(change))))
   const rows = shifted.map(({ token, change }) => {
-    const bar = element('span', { class: 'bar' })
+    const bar = element('span', { class: change < 0 ? 'bar subtracts' : 'bar' })
     bar.style.setProperty('--share', String(Math.abs(finite(change)) / largest))
     const isTarget = token.id === target
     return element(

@@ -9,7 +9,7 @@ import {
 } from '../model/gradient'
 import { TokenTable } from '../model/tokens'
 import { element, tokenText } from '../presentation/elements'
-import { measure, percent, probability } from '../presentation/wording'
+import { count, measure, percent, probability } from '../presentation/wording'
 
 // Optional tables: neurons, spectrum, verification, previews of edits.
 
@@ -129,7 +129,7 @@ export function previewTable(title: string, message: PreviewEditResponse): HTMLE
     tokenText(table.get(effect.targetTokenId ?? 0).label),
     share(number(effect.probabilityBefore), probability),
     share(number(effect.probabilityAfter), probability),
-    `${effect.rankBefore ?? 0} → ${effect.rankAfter ?? 0}`,
+    `${count(effect.rankBefore ?? 0)} → ${count(effect.rankAfter ?? 0)}`,
     element(
       'span',
       {},

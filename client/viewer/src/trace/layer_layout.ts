@@ -184,7 +184,7 @@ export function placeMlp(
           [columns.name, 'neuron'],
           [columns.key, gated ? 'gate' : 'key'],
           ...(gated ? [[columns.up, 'up'] as const] : []),
-          [columns.activation + columns.activationWidth / 2, 'activation', 'middle'],
+          [columns.value - 6, 'activation', 'end'],
           [columns.value, 'value'],
         ],
   )

@@ -198,7 +198,7 @@ export function heading(
   title: string,
   block: Block<Row>,
   facts: readonly string[],
-  columns: readonly (readonly [x: number, name: string, anchor?: 'middle' | 'start'])[],
+  columns: readonly (readonly [x: number, name: string, anchor?: Text['anchor']])[],
 ): void {
   detail.text(at.x + PAD, at.y + 17, title, 'title')
   const reads = block.input?.reading?.top[0]?.token.label
