@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from januslens.results.kinds import Criterion, MatrixKind, NodeKind, Side
+from januslens.results.kinds import Criterion, End, MatrixKind, NodeKind, Side
 
 if TYPE_CHECKING:
     from januslens.results.contributions import ContributionTree
@@ -140,6 +140,11 @@ def _ranges(numbers: Sequence[int]) -> str:
 # ---- Bins and colours -------------------------------------------------------------------------
 
 RANK_BINS = ("top", "< 10", "< 100", "< 1k", "middle", "last 1k", "last 100")
+
+
+def promotion_rank(rank: float, promoted: End, vocabulary: int) -> float:
+    """Return a rank counted from the end of a projection that a descent step promotes."""
+    return vocabulary - 1 - rank if promoted is End.BOTTOM and vocabulary else rank
 
 
 def rank_bin(rank: int | None, vocabulary: int | None = None) -> str:

@@ -396,7 +396,9 @@ def test_gradient_output_names_the_promoted_end() -> None:
     imprint, shift = text.index("FF1: tokens of x"), text.index("FF2: tokens of δ")
     assert shift < imprint
     assert "↑ the token that a descent step promotes most (the bottom token of δ)" in text
-    assert "so it promotes the bottom" in text
+    assert "a descent step promotes rank 0 most" in text
+    # ␣Paris, which this matrix promotes most, has rank 0.
+    assert re.search(r"^ +3  ␣of \(7\) .* ␣Paris .* 0$", text[shift:], re.MULTILINE)
     assert "↑␣Paris" in text[shift:]
     assert "↓␣" in text[shift:]
     assert re.search(r"FF2 against autograd: relative error at most .* held\)", text)

@@ -305,7 +305,9 @@ def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int
     """One row per component, largest first: its place, its size and its tokens."""
     kind, side = matrices[0].kind, matrices[0].projected_side
     readings = _READINGS[side]
-    grid = table(">layer", "position", ">|x|", ">|δ|", ">size", *readings, ">target's rank")
+    rank = ">promotion rank" if side is Side.VJP else ">target's rank"
+    grid = table(">layer", "position", ">|x|", ">|δ|", ">size", *readings, rank)
+    vocabulary = gradient.header.sizes.vocab_size
     for matrix, component in _largest(matrices, rows):
         grid.add_row(
             str(matrix.layer),
@@ -314,7 +316,12 @@ def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int
             size_cell(component.vjp_norm),
             size_cell(component.size),
             *_readings(component, side, gradient.header.targets),
-            Text(" ".join(str(rank) for rank in component.target_ranks)),
+            Text(
+                " ".join(
+                    f"{presentation.promotion_rank(rank, matrix.promoted_end, vocabulary):.0f}"
+                    for rank in component.target_ranks
+                )
+            ),
         )
     return section(f"The largest components of {kind}'s gradient", grid, _note(matrices[0]))
 
@@ -331,11 +338,7 @@ def _note(matrix: Matrix) -> str:
         return "size: |x||δ|, the component's Frobenius norm"
     if matrix.projected_side is Side.INPUT:
         return "size: |x||δ|, the component's Frobenius norm; rank: in x, 0 is the top"
-    end = matrix.promoted_end.lower()
-    return (
-        "size: |x||δ|; rank: in δ, 0 is the top; a descent step subtracts δ, so it promotes the "
-        f"{end}"
-    )
+    return "size: |x||δ|; promotion rank of the target: a descent step promotes rank 0 most"
 
 
 def _largest(matrices: Sequence[Matrix], rows: int) -> list[tuple[Matrix, Component]]:
@@ -400,8 +403,12 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
     """
     largest: dict[tuple[str, int], float] = {}
     rows: dict[tuple[str, int], dict[str, Text]] = {}
+    ends = {matrix.kind: matrix.promoted_end for matrix in gradient.matrices}
     for row in gradient.segments:
-        rank = "" if row.mean_target_rank is None else f"  {row.mean_target_rank:.0f}"
+        rank = ""
+        if row.mean_target_rank is not None:
+            end, vocabulary = ends.get(row.kind, End.UNSPECIFIED), gradient.header.sizes.vocab_size
+            rank = f"  {presentation.promotion_rank(row.mean_target_rank, end, vocabulary):.0f}"
         cell = Text.assemble(size_cell(row.mean_vjp_norm), (rank, "dim"))
         unread = row.mean_vjp_norm == 0
         matrix = (str(row.kind), row.layer)
@@ -413,7 +420,7 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
     for kind, layer in sorted(shown, key=lambda matrix: (matrix[0], -matrix[1])):
         cells = rows[kind, layer]
         grid.add_row(kind, str(layer), *(cells.get(segment, Text("")) for segment in segments))
-    note = "each cell: means of |δ| and of the target's rank in the projected factor"
+    note = "each cell: means of |δ| and of the target's rank, in δ from the promoted end"
     note += left_out(len(shown), len(rows), "matrices with the largest |δ|")
     return section("By segment of the prompt", grid, note)
 
