@@ -78,7 +78,7 @@ function shiftList(
     )
   })
   const caption = element('caption', { title: SHIFT }, title)
-  return element('table', { class: 'scored' }, caption, element('tbody', {}, ...rows))
+  return element('table', { class: 'scored shifts' }, caption, element('tbody', {}, ...rows))
 }
 
 const SHIFT = 'logit of δ, with the sign of a descent step'
