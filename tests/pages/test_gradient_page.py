@@ -408,6 +408,15 @@ def test_axe_reports_nothing_serious(tab: Page, page: str, scheme: str) -> None:
     assert serious_findings(tab) == []
 
 
+def test_tab_stops_of_all_maps_are_at_the_selected_place(tab: Page, deep: Shown) -> None:
+    tab.goto(f"{deep.url}#sel=L7/p5/FF2")
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    stops = tab.locator("svg.heat [tabindex='0']")
+    ids = stops.evaluate_all("all => all.map((stop) => stop.dataset.id)")
+    assert len(ids) >= 3
+    assert {place.rsplit("/", 1)[0] for place in ids} == {"L7/p5"}
+
+
 def test_facts_of_a_selection_stay_in_sight_in_a_narrow_window(tab: Page, deep: Shown) -> None:
     tab.set_viewport_size({"width": 1024, "height": 900})
     tab.goto(deep.url)

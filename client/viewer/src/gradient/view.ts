@@ -246,9 +246,10 @@ export class GradientView {
   }
 
   private keepFocus(selected: string): void {
-    const id = CSS.escape(selected)
+    // The maps of other matrices have their Tab stop at the same layer and position.
+    const place = CSS.escape(selected.slice(0, selected.lastIndexOf('/') + 1))
     for (const picture of this.parts.main.querySelectorAll('svg.picture')) {
-      setTabStop(picture, picture.querySelector(`[tabindex][data-id="${id}"]`) ?? undefined)
+      setTabStop(picture, picture.querySelector(`[tabindex][data-id^="${place}"]`) ?? undefined)
     }
   }
 }
