@@ -319,6 +319,20 @@ def test_fields_that_a_button_needs_say_what_to_enter(live: Page) -> None:
     assert live.locator(".answer-panel").count() == 0
 
 
+def test_escape_closes_the_history_and_the_options(live: Page) -> None:
+    live.get_by_role("button", name="Trace an answer").click()
+    state(panel(live)[0], "done")
+    for name, inside in (
+        ("more", live.get_by_label("Layers")),
+        ("History (1)", live.get_by_role("button", name=f"Trace of “{PROMPT}”")),
+    ):
+        opener = live.get_by_text(name, exact=True)
+        opener.press("Enter")
+        inside.press("Escape")
+        expect(inside).to_be_hidden()
+        expect(opener).to_be_focused()
+
+
 def test_question_is_as_wide_as_a_narrow_window(live: Page) -> None:
     live.set_viewport_size({"width": 768, "height": 900})
     question = live.locator(".ask").bounding_box()

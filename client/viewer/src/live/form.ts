@@ -1,4 +1,4 @@
-import { button, choice, element, setPressed, toggle } from '../presentation/elements'
+import { button, choice, disclosure, element, setPressed, toggle } from '../presentation/elements'
 import { chatOf, type Message, messagesOf, QUESTION, type Question } from './question'
 
 // The form: a prompt or a conversation, the target and the model, and further options under "more".
@@ -163,9 +163,8 @@ export class Form {
         element('span', { class: 'row-name' }, name),
         ...controls,
       )
-    return element(
-      'details',
-      { class: 'more' },
+    return disclosure(
+      'more',
       element('summary', {}, 'more'),
       row(
         'Trace',

@@ -1,4 +1,4 @@
-import { element } from '../presentation/elements'
+import { disclosure, element } from '../presentation/elements'
 import { QUESTION, type Question, titleOf } from './question'
 
 // The questions of this session, which the browser keeps for the tab.
@@ -7,13 +7,12 @@ const STORED = 'januslens-history'
 const LONGEST = 30
 
 export class History {
-  readonly element = element('details', { class: 'history' })
   private readonly summary = element('summary', {})
   private readonly list = element('ol', {})
+  readonly element = disclosure('history', this.summary, this.list)
   private questions = stored()
 
   constructor(private readonly ask: (question: Question) => void) {
-    this.element.append(this.summary, this.list)
     this.draw()
   }
 

@@ -21,6 +21,21 @@ export function tokenText(label: string): HTMLElement {
   return element('bdi', { class: 'token' }, label)
 }
 
+/** An element that its summary opens and closes, and that Escape closes from inside. */
+export function disclosure(
+  name: string,
+  summary: HTMLElement,
+  ...content: HTMLElement[]
+): HTMLDetailsElement {
+  const made = element('details', { class: name }, summary, ...content)
+  made.addEventListener('keydown', ({ key }) => {
+    if (key !== 'Escape' || !made.open) return
+    made.open = false
+    summary.focus()
+  })
+  return made
+}
+
 /** A push button. */
 export function button(text: string, title: string, act: () => void): HTMLButtonElement {
   const made = element('button', { type: 'button', class: 'button', title }, text)
