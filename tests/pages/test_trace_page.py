@@ -452,6 +452,25 @@ def test_table_equals_the_trace_and_sorts(tab: Page, demo: Traced) -> None:
     expect(rows.first.locator("td").nth(2)).to_have_text(_signed(max(logits)))
 
 
+def test_arrow_keys_move_between_the_rows_of_the_table(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=3&view=table")
+    last = demo.trace.nodes_of("BLOCK_OUTPUT")[-1].id
+    expect(tab.locator(f'table.nodes tr[data-id="{last}"]')).to_be_attached()  # all rows are there
+    buttons = tab.locator("table.nodes tbody button")
+    tab.locator("table.nodes thead button").last.press("Tab")
+    for key, row in (("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1), ("End", -1), ("Home", 0)):
+        tab.locator("table.nodes :focus").press(key)
+        focused = buttons.nth(row)
+        expect(focused).to_be_focused()
+        expect(focused).to_be_in_viewport()
+        expect(tab.locator("table.nodes tbody [tabindex='0']")).to_have_count(1)
+    tab.locator("table.nodes :focus").press("ArrowDown")
+    tab.locator("table.nodes :focus").press("Enter")
+    expect(tab.locator("table.nodes tr[aria-current] button")).to_be_focused()
+    tab.keyboard.press("Tab")
+    expect(tab.locator("table.nodes :focus")).to_have_count(0)
+
+
 def test_table_is_in_the_order_of_the_computation_and_shows_the_selection(
     tab: Page, demo: Traced
 ) -> None:

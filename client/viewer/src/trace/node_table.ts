@@ -67,7 +67,10 @@ interface Actions {
 
 const AT_ONCE = 30 // rows; the rest are added later, below the visible part
 
-/** The nodes of layers at a position; clicking a row selects it, clicking a heading sorts. */
+/**
+ * The nodes of layers at a position; clicking a row selects it, clicking a heading sorts. One row
+ * is a Tab stop, and the arrow keys move between rows.
+ */
 export class NodeTable {
   readonly element = element('div')
   private readonly contentChanges = new ChangeTracker()
@@ -93,6 +96,7 @@ export class NodeTable {
       const id = (event.target as Element).closest<HTMLElement>('tr')?.dataset.id
       if (id) (event.ctrlKey || event.metaKey ? actions.pin : actions.select)(id)
     })
+    this.body.addEventListener('keydown', (event) => this.pressed(event))
   }
 
   draw(position: number, layers: readonly number[], marks: Marks): void {
@@ -171,6 +175,36 @@ export class NodeTable {
       if (node.id === marks.selected) row.setAttribute('aria-current', 'true')
       else row.removeAttribute('aria-current')
     }
+    this.setTabStop()
+  }
+
+  private pressed(event: KeyboardEvent): void {
+    const buttons = this.buttons()
+    const at = buttons.indexOf(event.target as HTMLElement)
+    const places: Record<string, number> = {
+      ArrowUp: at - 1,
+      ArrowDown: at + 1,
+      Home: 0,
+      End: buttons.length - 1,
+    }
+    const next = buttons[places[event.key] ?? -1]
+    if (!next) return
+    event.preventDefault()
+    next.focus()
+    this.setTabStop()
+  }
+
+  /** Makes the focused row, the selected one or the first one the only Tab stop. */
+  private setTabStop(): void {
+    const buttons = this.buttons()
+    const focused = buttons.find((button) => button === document.activeElement)
+    const selected = this.body.querySelector('tr[aria-current] .node-link')
+    const stop = focused ?? selected ?? buttons[0]
+    for (const button of buttons) button.tabIndex = button === stop ? 0 : -1
+  }
+
+  private buttons(): HTMLElement[] {
+    return [...this.body.querySelectorAll<HTMLElement>('.node-link')]
   }
 }
 
