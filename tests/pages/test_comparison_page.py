@@ -170,3 +170,5 @@ def test_models_with_other_layers_have_no_differences(
     expect(tab.get_by_text(other.different_parts)).to_be_visible()
     expect(tab.locator("svg.differences")).to_have_count(0)
     expect(tab.locator("svg.why")).to_have_count(2)
+    tab.set_viewport_size({"width": 1024, "height": 900})
+    wait_until(tab, "document.querySelector('svg.heat').clientWidth === 900")  # not the half

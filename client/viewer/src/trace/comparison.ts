@@ -217,7 +217,8 @@ class ComparisonView {
     }
     const width = Math.min(half, WIDEST)
     drawDifferences(this.parts, this.rows, width, selected)
-    this.drawStreams(width)
+    // Without differences, the streams have the room of both panels.
+    this.drawStreams(this.rows.length > 0 ? width : Math.min(room, WIDEST))
     for (const picture of this.shellParts.main.querySelectorAll('svg.why, svg.differences'))
       setTabStop(picture, picture.querySelector('[tabindex].selected') ?? undefined)
   }
