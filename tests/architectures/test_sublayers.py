@@ -19,6 +19,7 @@ from torch import Tensor
 from januslens_server.errors import InvalidRequest
 from januslens_server.graph.block_flow import SUBLAYER_KINDS
 from januslens_server.pipelines.activations import activations
+from januslens_server.pipelines.cost import demand_of
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.resolve import (
     resolve_activations,
@@ -50,7 +51,7 @@ from januslens_server.specs import (
     Zero,
 )
 from tests.architectures.cases import COMBINED, Case
-from tests.architectures.test_levels import FALCON_H1, MAMBA, QWEN3_NEXT, close, served
+from tests.architectures.test_levels import FALCON_H1, MAMBA, OPT, QWEN3_NEXT, close, served
 from tests.architectures.tiny_models import plain
 
 ATTENTION, MIXER, MLP = (
@@ -373,6 +374,19 @@ def test_factors_of_linear_maps_are_autograds_gradients_of_the_plain_model(case:
         assert matrices[name].kind is MatrixKind.MODULE
         shown = parts.projections.projected.tolist()
         assert any(shown) == (SIDES[case][name] is not None)
+
+
+@pytest.mark.parametrize("case", [MAMBA, OPT], ids=lambda case: case.id)
+def test_gradients_of_a_model_without_known_heads_have_a_cost(case: Case) -> None:
+    spec = GradientLensSpec(
+        tuple(case.prompt),
+        NegativeLogLikelihood((TARGET,)),
+        modules=("*",),
+        include_attention_gradients=True,
+    )
+    demand = demand_of(resolve_gradient_lens(served(case), spec))
+    assert demand.flops > 0
+    assert demand.memory > 0
 
 
 def test_gradients_of_an_indexers_maps_are_zero() -> None:

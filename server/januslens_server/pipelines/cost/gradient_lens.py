@@ -90,7 +90,9 @@ class _AttentionSizes(NamedTuple):
 
 
 def _attention_sizes(sizes: CostSizes, layers: int, tokens: int) -> _AttentionSizes:
-    """Count the attention gradients of some layers."""
+    """Count the attention gradients of some layers; a model may have no layer with known heads."""
+    if not layers:
+        return _AttentionSizes(0.0, 0, 0, 0, 0)
     facts = sizes.facts
     width, row = facts.n_heads * facts.d_head, memory.FLOAT32 * facts.n_heads * tokens
     both = width + 2 * facts.n_kv_heads * facts.d_head
@@ -101,7 +103,7 @@ def _attention_sizes(sizes: CostSizes, layers: int, tokens: int) -> _AttentionSi
         flops=layers * 4.0 * tokens * tokens * width,
         probabilities=layers * facts.n_heads * tokens * tokens,
         kept=layers * tokens * (sizes.item * both + memory.FLOAT32 * width),
-        working=step if layers else 0,
+        working=step,
         stream=layers * (sent + 64 * (1 + sent // STEP_BYTES)),
     )
 
