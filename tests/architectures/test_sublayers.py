@@ -50,7 +50,7 @@ from januslens_server.specs import (
     TraceSpec,
     Zero,
 )
-from tests.architectures.cases import COMBINED, Case
+from tests.architectures.cases import COMBINED, LLAMA4, Case
 from tests.architectures.test_levels import FALCON_H1, MAMBA, OPT, QWEN3_NEXT, close, served
 from tests.architectures.tiny_models import plain
 
@@ -342,6 +342,15 @@ SIDES: dict[Case, dict[str, Side | None]] = {
         "mlp.gate_proj": Side.INPUT,
         "mlp.up_proj": Side.INPUT,
         "mlp.down_proj": Side.VJP,
+    },
+    LLAMA4[0]: {  # the router is a linear module that returns scores of its own
+        "self_attn.q_proj": Side.INPUT,
+        "self_attn.k_proj": Side.INPUT,
+        "self_attn.v_proj": Side.INPUT,
+        "self_attn.o_proj": Side.VJP,
+        "feed_forward.shared_expert.gate_proj": Side.INPUT,
+        "feed_forward.shared_expert.up_proj": Side.INPUT,
+        "feed_forward.shared_expert.down_proj": None,
     },
 }
 

@@ -203,12 +203,17 @@ def _heads(mixer: BlockCall, calls: Sequence[BlockCall]) -> MixerHeads | None:
         output = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
         if not count or output.d_in != count * width or not equal(call.output, mixer.output):
             continue
-        summed = rows(call.input).float() @ output.weight.float()
-        if output.bias is not None:
-            summed = summed + output.bias.float()
-        if difference(summed, rows(call.output)) <= SUM[call.output.dtype]:
+        if _computes(output, call):
             return MixerHeads(output, count)
     return None
+
+
+def _computes(linear: Linear, call: BlockCall) -> bool:
+    """Whether a call returns what its linear map gives."""
+    found = rows(call.input).float() @ linear.weight.float()
+    if linear.bias is not None:
+        found = found + linear.bias.float()
+    return difference(found, rows(call.output)) <= SUM[call.output.dtype]
 
 
 def _linear_maps(
@@ -218,7 +223,8 @@ def _linear_maps(
 
     The input of a map is in the residual basis if it is a multiple of the residual stream, or of
     what a norm of it returns; the output if it is a multiple of a sublayer's. Maps whose weight is
-    in `shared` have more than one module.
+    in `shared` have more than one module. A module whose class computes something else from its
+    linear map, such as the router of Llama 4, is none.
     """
     states = [block.input, *(_after(block, terms[:count]) for count in range(1, len(terms)))]
     norms = [call for call in calls if is_norm(call.module)]
@@ -241,6 +247,9 @@ def _linear_maps(
         elif any(is_multiple(call.output, each) for each in added):
             side = Side.VJP
         linear = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
+        own = type(call.module).forward not in {nn.Linear.forward, Conv1D.forward}
+        if own and not _computes(linear, call):
+            continue
         found[call.name] = ModuleMap(linear, side)
     return found
 
