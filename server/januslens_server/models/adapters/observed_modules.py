@@ -34,7 +34,7 @@ from januslens_server.models.adapters.observed_sum import (
     skip_path,
     terms_of_block,
 )
-from januslens_server.models.matrices import Linear, ModuleMap
+from januslens_server.models.matrices import Linear, LoraConv1D, LoraLinear, ModuleMap
 from januslens_server.models.vetting import check_facts
 from januslens_server.models.views import Block, CoarseBlock, MixerHeads, ModelView, Sublayer
 from januslens_server.results import Side, SublayerKind
@@ -69,6 +69,10 @@ MIXERS = (
 # Attributes of a mixer for the number of its heads, and for the width of a head's result.
 HEAD_COUNTS = ("num_v_heads", "num_heads", "num_attention_heads")
 HEAD_WIDTHS = ("head_v_dim", "head_dim")
+
+
+# Classes of modules that compute their linear map and nothing else.
+LINEAR = {nn.Linear, Conv1D, LoraLinear, LoraConv1D}
 
 
 @dataclass(frozen=True)
@@ -247,8 +251,7 @@ def _linear_maps(
         elif any(is_multiple(call.output, each) for each in added):
             side = Side.VJP
         linear = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
-        own = type(call.module).forward not in {nn.Linear.forward, Conv1D.forward}
-        if own and not _computes(linear, call):
+        if type(call.module) not in LINEAR and not _computes(linear, call):
             continue
         found[call.name] = ModuleMap(linear, side)
     return found
