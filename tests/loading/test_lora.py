@@ -37,8 +37,13 @@ from tests.loading.folders import saved
 
 BY_ID = {case.id: case for case in CASES}
 LLAMA, GPT2 = BY_ID["llama-grouped"], BY_ID["gpt2-plain"]
+FALCON = BY_ID["falcon-groups, two norms"]
 RANK, ALPHA, TARGET = 3, 5.0, 7
-MODULES = {"llama": ("q_proj", "v_proj", "o_proj", "down_proj"), "gpt2": ("c_attn", "c_fc")}
+MODULES = {
+    "llama": ("q_proj", "v_proj", "o_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_fc"),
+    "falcon": ("query_key_value", "dense_h_to_4h"),
+}
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -99,7 +104,7 @@ def tuned(case: Case, folder: Path, **changes: Any) -> tuple[ResidentModel, Resi
     return base, load_lora("tuned", write(folder / "lora", pairs, **changes), base), pairs
 
 
-@pytest.mark.parametrize("case", [LLAMA, GPT2], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [LLAMA, GPT2, FALCON], ids=lambda case: case.id)
 def test_logits_and_weights_equal_those_of_the_merged_model(case: Case, tmp_path: Path) -> None:
     base, model, pairs = tuned(case, tmp_path)
     expected, prompt = merged(case, pairs), torch.tensor([case.prompt])
@@ -302,7 +307,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[Pairs], Pairs], str]] = {
     ),
     "an unknown module": (
         {}, lambda p: extended(p, "model.layers.9.mlp.up_proj", [3, 32], [40, 3]),
-        "changes 'model.layers.9.mlp.up_proj', which is not a linear map",
+        "not a linear map in a block of the base 'llama'; merge the LoRA",
     ),
     "the output head": (
         {}, lambda p: extended(p, "lm_head", [3, 32], [120, 3]), "changes 'lm_head', which is no"

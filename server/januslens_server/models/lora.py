@@ -25,6 +25,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from januslens_server.errors import ModelFailed, shortlist
@@ -91,6 +92,8 @@ MERGE = (
     "AutoPeftModelForCausalLM as M; M.from_pretrained('FOLDER').merge_and_unload()"
     ".save_pretrained('NEW_FOLDER')\", and copy the tokenizer's files"
 )
+# Classes of linear maps; Falcon's computes the same as torch's.
+LINEAR = {nn.Linear, Conv1D, FalconLinear}
 LITERAL = re.compile(r"[\w.]+")
 
 
@@ -292,10 +295,10 @@ def _changed(base: ResidentModel, network: Any, lora: Lora) -> dict[str, nn.Modu
     found = {}
     for name, stored in (text_weights(own) if inside else own).items():
         module = _submodule(network, name)
-        if module is None or module is head or type(module) not in {nn.Linear, Conv1D}:
+        if module is None or module is head or type(module) not in LINEAR:
             raise ModelFailed(
                 f"the LoRA changes {name!r}, which is not a linear map in a block of the base "
-                f"{base.name!r}"
+                f"{base.name!r}; {MERGE}"
             )
         lora.pairs[stored].check_shapes(module)
         found[stored] = module
