@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from januslens_server.errors import InvalidRequest, ModelFailed
 from januslens_server.graph.block_flow import STREAM_KINDS, SUBLAYER_KINDS
-from januslens_server.models.adapters import stream, view_of
+from januslens_server.models.adapters import automatic, stream, view_of
 from januslens_server.models.decoding import Decoder
+from januslens_server.models.lengths import attention_error
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.gradient_lens import gradient_lens
@@ -271,6 +272,22 @@ def test_levels_say_which_layers_show_less_and_why() -> None:
         assert found.reason.startswith("mixer is a state space: only the parts of")
     assert "do_layer_norm_before" in served(OPT).view.levels[0].reason
     assert served(MAMBA).view.facts.n_heads == 0
+
+
+def test_block_that_cannot_be_read_leaves_the_others_their_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(block: Any, *args: Any) -> float:
+        if block.module is network.model.layers[0]:
+            raise RuntimeError("sizes differ")
+        return attention_error(block, *args)
+
+    network: Any = resident(Case("seed_oss", "readable", HEADS)).network
+    monkeypatch.setattr(f"{automatic.__name__}.attention_error", broken)
+    first, *others = view_of(network).levels
+    assert first.level is Level.SUBLAYERS
+    assert first.reason.startswith("the structure of seed_oss is unknown: sizes differ")
+    assert {found.level for found in others} == {Level.PARTS}
 
 
 @every_case

@@ -54,6 +54,18 @@ PAIRINGS = 4
 # The field of configurations with the length of the chunks into which Llama 4 cuts a prompt.
 CHUNK = "attention_chunk_size"
 
+# Errors for configurations and modules of another kind.
+UNKNOWN = (
+    AttributeError,
+    LookupError,
+    ModelFailed,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
 # A function from length to rotation; None if queries and keys are not rotated.
 RotationOfLength = Callable[[int], Rotation] | None
 
@@ -92,16 +104,7 @@ def view(model: PreTrainedModel) -> ModelView:
     stream = find_stream(model)
     try:
         blocks, facts = _parts(stream)
-    except (
-        AttributeError,
-        LookupError,
-        ModelFailed,
-        NotImplementedError,
-        RuntimeError,
-        StrictDataclassError,
-        TypeError,
-        ValueError,
-    ) as error:  # raised for configurations and modules of another kind
+    except UNKNOWN as error:
         return view_of_stream(stream, [reason_of(error, model.config)])
     coarse = view_of_stream(stream, ["" if isinstance(b, Block) else b for b in blocks])
     return replace(
@@ -177,8 +180,8 @@ class Structure:
                 self._finders.append(
                     BlockFinder(f"{stream.name}.{i}", module, observed, self._config)
                 )
-            except ModelFailed as error:
-                self._finders.append(str(error))
+            except UNKNOWN as error:
+                self._finders.append(reason_of(error, self._config))
         reasons = [found for found in self._finders if isinstance(found, str)]
         if len(reasons) == len(self._finders):
             raise ModelFailed(reasons[0])
@@ -189,7 +192,7 @@ class Structure:
         for layer in range(len(self._modules)):
             try:
                 found = self._block(layer, AttentionVariant(None, 0)).attention
-            except ModelFailed:  # its reason is that of the layer
+            except UNKNOWN:  # its reason is that of the layer
                 continue
             if found is not None:
                 return found
@@ -221,12 +224,15 @@ class Structure:
                     variant = AttentionVariant(None, 0, layout)
                     plain[layer, layout] = self._block(layer, variant)
                 found.append("" if layouts else AttentionVariant(None, 0))
-            except ModelFailed as error:
-                found.append(str(error))
+            except UNKNOWN as error:
+                found.append(reason_of(error, self._config))
         blocks = captured_layers(self._model, ids, plain.values())
         captured = dict(zip(plain, blocks, strict=True))
         for layer in {layer for layer, _ in plain if not found[layer]}:
-            found[layer] = self._variant(layer, captured, lengths, positions, tolerance, best)
+            try:
+                found[layer] = self._variant(layer, captured, lengths, positions, tolerance, best)
+            except UNKNOWN as error:
+                found[layer] = reason_of(error, self._config)
         return found
 
     def _variant(
