@@ -271,71 +271,38 @@ LATENT_WIDTHS = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
 }
+ROUTED = {
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+}
 SHARED_EXPERTS = (
     Case(
         "glm4_moe",
         "dense first, scaled",
-        GROUPED
-        | {
-            "n_routed_experts": 8,
-            "n_group": 4,
-            "topk_group": 2,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "n_shared_experts": 2,
-            "routed_scaling_factor": 2.5,
-            "use_qk_norm": True,
-            "attention_bias": True,
-        },
+        GROUPED | ROUTED | {"n_shared_experts": 2, "use_qk_norm": True},
     ),
     Case(
         "deepseek_v3",
         "latent queries, YaRN",
-        LATENT_WIDTHS
-        | {
-            "n_routed_experts": 8,
-            "n_group": 4,
-            "topk_group": 2,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
-            "attention_bias": True,
-            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
-        },
+        LATENT_WIDTHS | ROUTED | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
     ),
     # As in DeepSeek V3, but a norm reads the sum of the experts.
     Case(
         "axk1",
         "norm after experts",
-        LATENT_WIDTHS
-        | {
-            "n_routed_experts": 8,
-            "n_group": 4,
-            "topk_group": 2,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "n_shared_experts": 2,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 2.5,
-            "attention_bias": True,
-        },
+        LATENT_WIDTHS | ROUTED | {"n_shared_experts": 2},
     ),
     Case(
         "deepseek_v2",
         "latent queries, complex rotation",
-        LATENT_WIDTHS
-        | {
-            "n_routed_experts": 8,
-            "n_group": 4,
-            "topk_group": 2,
-            "topk_method": "group_limited_greedy",
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "n_shared_experts": 2,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 2.5,
-            "attention_bias": True,
-        },
+        LATENT_WIDTHS | ROUTED | {"n_shared_experts": 2, "topk_method": "group_limited_greedy"},
     ),
     Case(
         "qwen2_moe",
@@ -486,17 +453,6 @@ GEMMA4 = (
     ),
 )
 # Mixtures that combine what the cases above have: which layers, routers and attention differ.
-ROUTED = {
-    "n_routed_experts": 8,
-    "n_group": 4,
-    "topk_group": 2,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "n_shared_experts": 1,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 1,
-    "attention_bias": True,
-}
 # An indexer chooses fewer sources than the prompt has.
 INDEXED = {"index_topk": 3, "index_n_heads": 2, "index_head_dim": 8}
 FOUR_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -114,6 +114,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
@@ -136,7 +137,6 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"layer_types": None, "layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
 }
 IDS = [5, 17, 44, 201, 9, 33]
 MAX_PARAMETERS = 60_000_000

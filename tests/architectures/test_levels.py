@@ -63,32 +63,25 @@ EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+# As many heads of linear attention as of attention.
+DELTA_NET = HEADS | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 MAMBA = Case("mamba", "state space", {"state_size": 4, "time_step_rank": 4})
 QWEN3_NEXT = Case(
     "qwen3_next",
     "linear attention",
-    HEADS
-    | EXPERTS
-    | {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    DELTA_NET | EXPERTS,
 )
-# As many heads of linear attention as of attention, whose gates then look like gates of heads.
+# Linear attention has four maps before its output; the last looks like a gate of heads.
 QWEN3_5 = Case(
     "qwen3_5_text",
     "linear attention with as many heads",
-    HEADS
-    | {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    DELTA_NET,
 )
 OLMO_HYBRID = Case(
     "olmo_hybrid",
