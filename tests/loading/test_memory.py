@@ -25,7 +25,8 @@ from januslens_server.models.device_memory import (
 )
 from januslens_server.models.loader import load
 from januslens_server.models.placement import CHUNKS_AT_WORK, MemoryNeed, memory_needed, place
-from tests.architectures.cases import CASES, MIXTURES, Case
+from tests.architectures.cases import CASES, MIXTURES, SHARED_EXPERTS, Case
+from tests.architectures.tiny_models import plain
 from tests.loading.folders import room_for, saved, weight_bytes
 from tests.support.forked import printed
 
@@ -33,6 +34,7 @@ GIB = 2**30
 TIED = Case("gpt2", "tied", {"tie_word_embeddings": True})
 UNTIED = next(case for case in CASES if case.id == "llama-grouped")
 MIXTURE = next(case for case in MIXTURES if case.id == "mixtral-window")
+DENSE_FIRST = next(case for case in SHARED_EXPERTS if case.family == "glm4_moe")
 
 
 def skeleton(case: Case, data_type: torch.dtype) -> Any:
@@ -50,10 +52,14 @@ def test_float32_needs_its_weights_and_on_a_gpu_no_copies(case: Case) -> None:
 
 
 def test_half_types_need_float32_copies_of_the_head_and_of_a_block() -> None:
-    need = memory_needed(skeleton(UNTIED, torch.bfloat16), 1000, 0)
-    config = UNTIED.config()
-    assert (need.lens, need.packed) == (4 * config.vocab_size * config.hidden_size, 0)
-    assert need.work == CHUNKS_AT_WORK * 1000 + weight_bytes(UNTIED) // config.num_hidden_layers
+    """In the mixture the first block is dense and smaller than the second."""
+    for case in (UNTIED, DENSE_FIRST):
+        network: Any = plain(case)
+        need = memory_needed(skeleton(case, torch.bfloat16), 1000, 0)
+        assert (need.lens, need.packed) == (4 * network.lm_head.weight.numel(), 0)
+        last = sum(4 * parameter.numel() for parameter in network.model.layers[-1].parameters())
+        assert need.work == CHUNKS_AT_WORK * 1000 + last
+    assert last > 2 * sum(4 * p.numel() for p in network.model.layers[0].parameters())
 
 
 @pytest.mark.parametrize("case", [TIED, UNTIED], ids=["tied", "untied"])

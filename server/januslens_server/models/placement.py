@@ -95,14 +95,20 @@ def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: 
     head = copied * skeleton.get_output_embeddings().get_parameter("weight").numel()
     if skeleton.dtype is torch.float32:
         return MemoryNeed(weights, 0, work, head, rows, neurons)
-    layers: int = skeleton.config.get_text_config().num_hidden_layers
-    block = copied * sum(p.numel() for p in skeleton.parameters()) // layers
+    block = copied * _largest_block(skeleton)
     gpu_lens = head
     if torch.cuda.is_available() and multiplies_without_copy(
         torch.device("cuda", torch.cuda.current_device()), skeleton.dtype
     ):
         gpu_lens = 0
     return MemoryNeed(weights, head, work + block, 0, rows, neurons, gpu_lens)
+
+
+def _largest_block(skeleton: PreTrainedModel) -> int:
+    """Return the number of values in the largest block; blocks are in the outermost lists."""
+    lists = [module for module in skeleton.modules() if isinstance(module, nn.ModuleList)]
+    sizes = (sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks)
+    return max(sizes, default=sum(p.numel() for p in skeleton.parameters()))
 
 
 def _kept(skeleton: PreTrainedModel, row_cache_bytes: int) -> tuple[int, int]:
