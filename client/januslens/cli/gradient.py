@@ -316,12 +316,7 @@ def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int
             size_cell(component.vjp_norm),
             size_cell(component.size),
             *_readings(component, side, gradient.header.targets),
-            Text(
-                " ".join(
-                    f"{presentation.promotion_rank(rank, matrix.promoted_end, vocabulary):.0f}"
-                    for rank in component.target_ranks
-                )
-            ),
+            _ranks(matrix.promoted_end, component.target_ranks, vocabulary),
         )
     return section(f"The largest components of {kind}'s gradient", grid, _note(matrices[0]))
 
@@ -331,6 +326,12 @@ _READINGS = {
     Side.VJP: ["promotes", "suppresses"],
     Side.UNSPECIFIED: [],
 }
+
+
+def _ranks(promoted: End, ranks: Sequence[float], vocabulary: int) -> Text:
+    """Ranks in the projected factor, in δ from the promoted end."""
+    counted = (presentation.promotion_rank(rank, promoted, vocabulary) for rank in ranks)
+    return Text(" ".join(f"{rank:.0f}" for rank in counted))
 
 
 def _note(matrix: Matrix) -> str:
@@ -403,13 +404,14 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
     """
     largest: dict[tuple[str, int], float] = {}
     rows: dict[tuple[str, int], dict[str, Text]] = {}
-    ends = {matrix.kind: matrix.promoted_end for matrix in gradient.matrices}
+    vocabulary = gradient.header.sizes.vocab_size
+    ends = {(matrix.kind, matrix.layer): matrix.promoted_end for matrix in gradient.matrices}
     for row in gradient.segments:
-        rank = ""
+        cell = size_cell(row.mean_vjp_norm)
         if row.mean_target_rank is not None:
-            end, vocabulary = ends.get(row.kind, End.UNSPECIFIED), gradient.header.sizes.vocab_size
-            rank = f"  {presentation.promotion_rank(row.mean_target_rank, end, vocabulary):.0f}"
-        cell = Text.assemble(size_cell(row.mean_vjp_norm), (rank, "dim"))
+            end = ends.get((row.kind, row.layer), End.UNSPECIFIED)
+            rank = _ranks(end, [row.mean_target_rank], vocabulary)
+            cell = Text.assemble(cell, "  ", (rank.plain, "dim"))
         unread = row.mean_vjp_norm == 0
         matrix = (str(row.kind), row.layer)
         largest[matrix] = max(largest.get(matrix, 0.0), row.mean_vjp_norm)
@@ -420,7 +422,7 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
     for kind, layer in sorted(shown, key=lambda matrix: (matrix[0], -matrix[1])):
         cells = rows[kind, layer]
         grid.add_row(kind, str(layer), *(cells.get(segment, Text("")) for segment in segments))
-    note = "each cell: means of |δ| and of the target's rank, in δ from the promoted end"
+    note = "each cell: means of |δ| and of the target's rank, which in δ is its promotion rank"
     note += left_out(len(shown), len(rows), "matrices with the largest |δ|")
     return section("By segment of the prompt", grid, note)
 

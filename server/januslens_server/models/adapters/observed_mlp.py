@@ -196,10 +196,8 @@ def _stacks_experts(module: nn.Module) -> bool:
 
 def _norm_at_end(whole: ModuleCall, inside: Sequence[ModuleCall]) -> ModuleCall | None:
     """Return the call of the norm whose result the MLP returns, or None (A.X K1 has one)."""
-    for call in inside:
-        if is_norm(call.module) and same_memory(call.output, whole.output):
-            return call
-    return None
+    norms = (call for call in inside if is_norm(call.module))
+    return next((call for call in norms if same_memory(call.output, whole.output)), None)
 
 
 def _latent_maps(

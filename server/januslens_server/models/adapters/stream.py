@@ -39,6 +39,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # What blocks pass on that have no residual stream of one vector a position.
 SEVERAL = "its blocks pass on {} residual streams side by side (hyper-connections or AltUp)"
 
+ONE = "expected blocks that pass on one residual stream"
+
 # Fields of configurations for the longest input.
 CONTEXTS = (
     "max_position_embeddings",
@@ -105,7 +107,7 @@ def find_stream(model: PreTrainedModel) -> Stream:
             return Stream(model, name, blocks, ids, last[0], logits, norm)
         reasons.append(f"{name}: {reason}")
     found = "; ".join(reasons) or f"found no list of {n_layers} blocks"
-    raise ModelFailed(f"{found}; expected blocks that pass on one residual stream")
+    raise ModelFailed(f"{found}; {ONE}")
 
 
 def _lists(model: PreTrainedModel, n_layers: int) -> dict[str, tuple[nn.Module, ...]]:
@@ -259,8 +261,7 @@ def lens_of_stream(stream: Stream) -> LensHead:
         )
     streams, left = divmod(stream.last.shape[1], head.weight.shape[1])
     if streams > 1 and not left:
-        reason = f"{stream.name}: {SEVERAL.format(streams)}"
-        raise ModelFailed(f"{reason}; expected blocks that pass on one residual stream")
+        raise ModelFailed(f"{stream.name}: {SEVERAL.format(streams)}; {ONE}")
     if head.weight.shape[1:] != stream.last.shape[1:]:
         raise ModelFailed(
             f"the output head reads vectors of width {head.weight.shape[1]}: expected "
