@@ -32,7 +32,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.cost import Demand, Pace
 from januslens_server.pipelines.resolve import ResolvedTrace, resolve_trace
 from januslens_server.results import Cost
-from januslens_server.rpc import service
+from januslens_server.rpc import service, streaming
 from januslens_server.rpc.admission import LARGEST_CORRECTION, LARGEST_LESSON, Admission
 from januslens_server.rpc.encode import (
     ActivationsEncoder,
@@ -41,6 +41,7 @@ from januslens_server.rpc.encode import (
     InterveneEncoder,
     TraceEncoder,
 )
+from januslens_server.rpc.unread import write_within
 from januslens_server.specs import TraceSpec
 from tests.support.calls import prompt, timeless
 from tests.support.in_process import GENEROUS, Loaded, broken, loaded, served
@@ -222,13 +223,36 @@ async def at_encoding(stub: Any, rpc: str, _demo: Loaded, patch: pytest.MonkeyPa
         await fails(started(stub, rpc))
 
 
-async def at_writing(stub: Any, rpc: str, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
-    call = started(stub, rpc)
+async def at_writing(stub: Any, rpc: str, _demo: Loaded, patch: pytest.MonkeyPatch) -> None:
     if rpc in UNARY:
+        call = started(stub, rpc)
         await call.initial_metadata()
+        call.cancel()
     else:
+        await _cancelled_at_second_message(stub, rpc, patch)
+
+
+async def _cancelled_at_second_message(stub: Any, rpc: str, patch: pytest.MonkeyPatch) -> None:
+    """Without the wait, a short stream may end before it is cancelled, and then succeeds."""
+    write, writes = write_within, iter(range(100))
+    second, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def write_first(*given: Any) -> None:
+        if next(writes) == 0:
+            return await write(*given)
+        second.set()
+        try:
+            await asyncio.Event().wait()  # until gRPC cancels the handler
+        finally:
+            cancelled.set()
+
+    with patch.context() as patched:
+        patched.setattr(streaming, "write_within", write_first)
+        call = started(stub, rpc)
         await call.read()
-    call.cancel()
+        await second.wait()
+        call.cancel()
+        await cancelled.wait()
 
 
 OF_ALL_RPCS = [at_decoding, at_resolving, at_encoding, at_writing]
