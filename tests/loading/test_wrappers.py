@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from januslens_server.errors import ModelFailed
@@ -37,6 +42,8 @@ LLAMA = TEXT | {"model_type": "llama"}
 QWEN = TEXT | {"model_type": "qwen2"}
 THREE_AXES = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 1, 2]}
 INTERLEAVED = THREE_AXES | {"mrope_interleaved": True}
+WINDOWS = {"layer_types": ALTERNATING, "sliding_window": WINDOW}
+COHERE = TEXT | WINDOWS | {"model_type": "cohere2", "head_dim": 8, "logit_scale": 0.25}
 TOWER = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -58,12 +65,15 @@ LINEAR = {
 }
 HALF_ROTATED = THREE_AXES | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 GLM4V = (TEXT | {"rope_parameters": HALF_ROTATED}, TOWER | PATCHES)
-WINDOWS = {"layer_types": ALTERNATING, "sliding_window": WINDOW}
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "aria": (
         TEXT | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2},
         TOWER | {"model_type": "idefics3_vision"},
     ),
+    "aya_vision": (COHERE, TOWER),
+    "cohere2_vision": (COHERE, TOWER),
+    "deepseek_vl": (LLAMA, TOWER),
+    "emu3": (TEXT | {"pad_token_id": 0}, {}),
     "exaone4_5": (TEXT | WINDOWS | {"model_type": "exaone4"}, TOWER | PATCHES),
     "gemma3": (TEXT | WINDOWS | {"head_dim": 12, "query_pre_attn_scalar": 20}, TOWER),
     "gemma4": (
@@ -85,9 +95,11 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         TEXT | ROUTED | {"head_dim": 8, "rope_parameters": HALF_ROTATED},
         TOWER | PATCHES,
     ),
+    "got_ocr2": (QWEN, TOWER | {"output_channels": 16, "window_size": 2, "mlp_dim": 16}),
     "idefics2": (TEXT | {"model_type": "mistral", "sliding_window": WINDOW}, TOWER),
     "idefics3": (LLAMA, TOWER),
     "internvl": (QWEN, TOWER | {"image_size": [28, 28], "patch_size": [14, 14]}),
+    "janus": (LLAMA, TOWER),
     "kimi_k25": (TEXT | LATENT_WIDTHS | ROUTED | {"model_type": "deepseek_v3"}, TOWER),
     "lfm2_vl": (TEXT | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, TOWER),
     "lighton_ocr": (TEXT | {"model_type": "qwen3", "head_dim": 12}, TOWER),
@@ -108,6 +120,12 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava_next_video": (LLAMA, TOWER),
     "llava_onevision": (QWEN, TOWER),
     "mistral3": (TEXT | {"model_type": "mistral", "head_dim": 12}, TOWER),
+    "mllama": (
+        TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 2], "pad_token_id": 0},
+        TOWER | {"image_size": 28, "vision_output_dim": 32},
+    ),
+    "ovis2": (QWEN, TOWER),
+    "qianfan_ocr": (TEXT | {"model_type": "qwen3", "head_dim": 12}, TOWER),
     "qwen2_5_vl": (TEXT | {"rope_parameters": THREE_AXES}, TOWER | PATCHES),
     "qwen2_vl": (TEXT | {"rope_parameters": THREE_AXES}, PATCHES | {"embed_dim": 16}),
     "qwen3_5": (TEXT | LINEAR, TOWER | PATCHES),
@@ -124,24 +142,49 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         TOWER | PATCHES | {"deepstack_visual_indexes": [0]},
     ),
     "smolvlm": (LLAMA, TOWER),
+    "video_llama_3": (QWEN, TOWER),
+    "video_llava": (LLAMA, TOWER),
     "vipllava": (LLAMA, TOWER),
+}
+# Settings of the whole model.
+WHOLE: dict[str, dict[str, Any]] = {
+    "emu3": {
+        "vocabulary_map": {"<image>": 110},
+        "vq_config": {
+            "base_channels": 32,
+            "channel_multiplier": [1],
+            "codebook_size": 8,
+            "hidden_size": 16,
+            "num_res_blocks": 1,
+        },
+    },
+    "ovis2": {"hidden_size": TEXT["hidden_size"], "vocab_size": VOCABULARY},
 }
 
 
 def wrapped(family: str, folder: Path) -> Any:
     """Save a tiny random model that reads texts and images, and return it."""
     text, tower = WRAPPERS[family]
+    settings = {"tie_word_embeddings": False, "image_token_id": 110} | WHOLE.get(family, {})
     config = CONFIG_MAPPING[family](  # type: ignore[call-arg]  # each family has its own
-        text_config=text, vision_config=tower, tie_word_embeddings=False, image_token_id=110
+        text_config=text, vision_config=tower, **settings
     )
-    torch.manual_seed(len(family))
-    network: Any = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    network = saved(AutoModelForImageTextToText, config, folder)
+    if family == "kimi_k25":  # transformers reads the published names, and saves others
+        rename(folder, "language_model.model.blocks.", "language_model.model.layers.")
+    if family == "qianfan_ocr":
+        rename(folder, "language_model.model.encoder.", "language_model.model.")
+    return network
+
+
+def saved(kind: Any, config: PreTrainedConfig, folder: Path) -> Any:
+    """Save a random model of an auto class with a tokenizer, and return it."""
+    torch.manual_seed(len(config.model_type))
+    network = kind.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     network.eval().save_pretrained(folder)
-    if family == "kimi_k25":  # transformers reads the published names, and saves others
-        rename(folder, "language_model.model.blocks.", "language_model.model.layers.")
     for file in TOKENIZER.iterdir():
         shutil.copy(file, folder)
     return network
@@ -242,18 +285,45 @@ def test_weights_of_an_unknown_part_are_refused(tmp_path: Path) -> None:
 def test_wrappers_of_other_families_are_refused(tmp_path: Path) -> None:
     wrapped("llava", tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "aya_vision"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "deepseek_vl_hybrid"}))
     reason = refusal(tmp_path)
-    assert "'aya_vision' is a multimodal model whose text decoder is not read" in reason
-    assert "expected a text model, or one of aria, exaone4_5, " in reason
+    assert "'deepseek_vl_hybrid' is a multimodal model whose text decoder is not read" in reason
+    assert "expected a text model, or one of aria, aya_vision, " in reason
 
 
 def test_a_published_wrapper_with_an_unread_decoder_is_refused_as_multimodal(
     tmp_path: Path,
 ) -> None:
-    """Llama 3.2 Vision has layers that only images pass through; its text class is known alone."""
+    """Dots 3 has a text class of its own, whose configuration is part of the wrapper's."""
     wrapped("llava", tmp_path)
     path = tmp_path / "config.json"
-    settings = {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"]}
+    settings = {"model_type": "dots3_note", "architectures": ["Dots3NoteForConditionalGeneration"]}
     path.write_text(json.dumps(settings))
-    assert "'mllama' is a multimodal model whose text decoder is not read" in refusal(tmp_path)
+    assert "'dots3_note' is a multimodal model whose text decoder is not read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["emu3", "mllama"])
+def test_a_text_decoder_stored_alone_gives_its_own_logits(family: str, tmp_path: Path) -> None:
+    text, _ = WRAPPERS[family]
+    whole = CONFIG_MAPPING[family](text_config=text)  # type: ignore[call-arg]
+    network = saved(AutoModelForCausalLM, whole, tmp_path)
+    model = load(ModelSource("text", str(tmp_path)))
+    prompt = torch.arange(1, CONTEXT)[None, :9]
+    with torch.inference_mode():
+        expected = network(input_ids=prompt, use_cache=False).logits
+        found = model.network(prompt).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert model.provenance.architecture == f"LlamaForCausalLM in {type(network).__name__}"
+
+
+def test_a_lora_of_layers_beyond_those_for_images_changes_the_right_layer(tmp_path: Path) -> None:
+    """Layers 1 and 2 of 4 attend to images: the last layer is the second one of the decoder."""
+    wrapped("mllama", tmp_path / "model")
+    base = load(ModelSource("text", str(tmp_path / "model")))
+    a, b = torch.randn(3, 32), torch.randn(32, 3)
+    pairs = {"model.language_model.layers.3.self_attn.q_proj": (a, b)}
+    tuned = load_lora("tuned", write(tmp_path / "lora", pairs), base)
+    matrix = tuned.view.matrix((1, MatrixKind.Q, None))
+    assert isinstance(matrix, Linear)
+    own = base.network.get_parameter("model.layers.1.self_attn.q_proj.weight")
+    torch.testing.assert_close(matrix.weight.T, own + ALPHA / RANK * b @ a)

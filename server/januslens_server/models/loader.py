@@ -74,7 +74,7 @@ from januslens_server.models.vetting import (
     online,
     read_json,
 )
-from januslens_server.models.wrappers import text_decoder, text_weights, wrapper_name
+from januslens_server.models.wrappers import dense_text_weights, text_decoder, wrapper_name
 from januslens_server.results import Provenance
 
 # Files with a tokenizer's vocabulary. Without any, transformers creates an empty tokenizer.
@@ -264,7 +264,7 @@ def open_checkpoint(
     else:
         check_float(entries)
     if config is not whole and dense is not None:
-        dense = text_weights(dense)
+        dense = dense_text_weights(dense, config)
         config.tie_word_embeddings = "lm_head.weight" not in dense
     return Checkpoint(
         folder=folder,

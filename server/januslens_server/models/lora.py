@@ -293,7 +293,7 @@ def _changed(base: ResidentModel, network: Any, lora: Lora) -> dict[str, nn.Modu
     inside = " in " in base.provenance.architecture  # a multimodal model, whose names PEFT stored
     own = {name: name for name in lora.pairs}
     found = {}
-    for name, stored in (text_weights(own) if inside else own).items():
+    for name, stored in (text_weights(own, network.config) if inside else own).items():
         module = _submodule(network, name)
         if module is None or module is head or type(module) not in LINEAR:
             raise ModelFailed(
