@@ -341,12 +341,43 @@ DECODER_ALONE = {
     "encoder_attention_heads": 4,
     "decoder_ffn_dim": 40,
 }
+PHI4_TOWERS = {
+    "audio_config": {
+        "depthwise_separable_out_channel": 16,
+        "ext_pw_out_channel": 16,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "nemo_conv_channels": 16,
+        "num_attention_heads": 2,
+        "num_blocks": 1,
+    },
+    "vision_config": {
+        "crop_size": 28,
+        "hidden_size": 16,
+        "image_size": 28,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    },
+}
 WITHOUT_ADAPTER = tuple(
     Case(family, "automatic", {"num_key_value_heads": 2, "head_dim": 8} | settings)
     for family, settings in (
         ("apertus", {}),  # its activation function has parameters
         ("arcee", {}),
         ("codegen", {"rotary_dim": 4}),
+        (
+            "cohere_compass_text",  # parallel; one kind of layer does not rotate
+            {
+                "layer_types": ALTERNATING,
+                "logit_scale": 0.3,
+                "rope_parameters": {
+                    "full_attention": None,
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                },
+                "sliding_window": WINDOW,
+            },
+        ),
         ("ernie4_5", {"use_bias": True}),
         ("exaone4", {}),
         ("glm", {"attention_bias": True}),
@@ -391,6 +422,7 @@ WITHOUT_ADAPTER = tuple(
         ("nemotron", {}),
         ("olmo3", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
         ("persimmon", {"qk_layernorm": True}),
+        ("phi4_multimodal", PHI4_TOWERS),
         (
             "qwen3_next",
             {

@@ -53,7 +53,7 @@ from januslens_server.specs import (
     TraceSpec,
     Unit,
 )
-from tests.architectures.cases import LATENT_WIDTHS, NEMOTRON_H, VOCABULARY, Case
+from tests.architectures.cases import LATENT_WIDTHS, NEMOTRON_H, ROUTED, VOCABULARY, Case
 from tests.architectures.tiny_models import plain, resident
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
@@ -182,6 +182,32 @@ HYPER = Case(
         "index_head_dim": 8,
     },
 )
+# Experts whose weights are one matrix, and attention beside its norms in a module of their own.
+DBRX = Case(
+    "dbrx",
+    "experts in one matrix",
+    {
+        "attn_config": {"clip_qkv": 0.6, "kv_n_heads": 2, "rope_theta": 500.0},
+        "d_model": 32,
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+)
+# The second layer has half as many heads as the first.
+HEADS_BY_LAYER = Case(
+    "dots3_note_text",
+    "heads by layer",
+    LATENT_WIDTHS
+    | ROUTED
+    | {
+        "layer_types": ["indexed_attention", "sliding_attention"],
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 4,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_key_value_heads": 4,
+        "sliding_window": 3,
+    },
+)
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
 CASES = (
     MAMBA,
@@ -194,6 +220,7 @@ CASES = (
     ZAMBA,
     RECURRENT_GEMMA,
     XLSTM,
+    DBRX,
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
@@ -410,6 +437,7 @@ def test_part_that_a_block_lacks_is_refused_with_the_layers_that_have_it() -> No
         (Case("bloom", "slices", {"slow_but_exact": True, "pretraining_tp": 2}), "slow_but_exact"),
         (Case("opt", "no final norm", {"_remove_final_layer_norm": True}), "final norm"),
         (Case("diffllama", "differential", {}), "reproduce the attention of layer 0"),
+        (HEADS_BY_LAYER, "num_attention_heads of dots3_note_text depends on the layer: expected"),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )

@@ -66,6 +66,13 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     assert "'t5' is an encoder-decoder" in refusal(ModelSource("t5", str(tmp_path)))
 
 
+def test_models_made_of_several_models_are_refused(source: ModelSource) -> None:
+    describe(source, model_type="blt", architectures=["BltForCausalLM"])
+    reason = refusal(source)
+    assert "'blt' is made of several models (decoder_config, encoder_config, global_con" in reason
+    assert reason.endswith("expected one list of blocks that pass on one residual stream")
+
+
 @pytest.mark.parametrize(
     ("described", "found"),
     [

@@ -351,7 +351,13 @@ def _refuse_other_tasks(config: PreTrainedConfig) -> None:
             f"{found!r} is not a type of AutoModelForCausalLM in transformers: expected a causal "
             "language model"
         )
-    if config.get_text_config().num_hidden_layers < 1:
+    text = config.get_text_config()
+    if (parts := sorted(text.sub_configs)) and not hasattr(text, "num_hidden_layers"):
+        raise ModelFailed(
+            f"{found!r} is made of several models ({', '.join(parts)}): expected one list of "
+            "blocks that pass on one residual stream"
+        )
+    if text.num_hidden_layers < 1:
         raise ModelFailed("config.json describes a model without layers: expected at least one")
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for name in config.architectures or ():

@@ -330,7 +330,14 @@ def _is_too_wide(attention: Attention) -> bool:
 
 
 def _required(config: Any, name: str) -> int:
-    """Return a size that every decoder with attention has. Raises `ModelFailed` without it."""
+    """Return a size that every decoder with attention has, one for all its layers.
+
+    Raises `ModelFailed` without it.
+    """
+    if name in (config.per_layer_attributes or ()):
+        raise ModelFailed(
+            f"{name} of {config.model_type} depends on the layer: expected one number for all"
+        )
     value = getattr(config, name, None)
     if not isinstance(value, int):
         raise ModelFailed(
