@@ -208,6 +208,14 @@ HEADS_BY_LAYER = Case(
         "sliding_window": 3,
     },
 )
+TOWER = {
+    "hidden_size": 16,
+    "image_size": 28,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "patch_size": 14,
+}
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
 CASES = (
     MAMBA,
@@ -457,6 +465,10 @@ def test_variant_without_known_parts_is_shown_with_the_reason(case: Case, reason
         (
             Case("openai-gpt", "post-norms", {}),
             "the block returns the result of ln_2, a norm of the sum",
+        ),
+        (
+            Case("git", "post-norms within modules", {"vision_config": TOWER}),
+            "the block returns the result of output.LayerNorm, a norm of the sum",
         ),
         (
             Case("doge", "weighted residual", {"num_key_value_heads": 2}),

@@ -182,8 +182,9 @@ def skip_path(calls: Sequence[BlockCall], block: BlockCall) -> str:
     Such a block returns the result of a norm (post-norms), continues from that of a norm (MiniMax),
     or multiplies its input, by a number or by some of its parameters (Doge).
     """
-    last = next((call for call in reversed(calls) if equal(call.output, block.output)), None)
-    if last is not None and is_norm(last.module):
+    ends = (call for call in reversed(calls) if is_norm(call.module))
+    last = next((call for call in ends if equal(call.output, block.output)), None)
+    if last is not None:
         return f"the block returns the result of {last.name}, a norm of the sum: {NO_SUM}"
     once = [call for call in calls if sum(call.module is each.module for each in calls) == 1]
     for depth in (1, 2):
