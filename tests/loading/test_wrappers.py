@@ -72,6 +72,18 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "aya_vision": (COHERE, TOWER),
     "cohere2_vision": (COHERE, TOWER),
+    "cohere_compass": (
+        TEXT
+        | WINDOWS
+        | {
+            "logit_scale": 0.25,
+            "rope_parameters": {
+                "full_attention": None,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+        TOWER,
+    ),
     "deepseek_vl": (LLAMA, TOWER),
     "emu3": (TEXT | {"pad_token_id": 0}, {}),
     "exaone4_5": (TEXT | WINDOWS | {"model_type": "exaone4"}, TOWER | PATCHES),
@@ -95,6 +107,8 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         TEXT | ROUTED | {"head_dim": 8, "rope_parameters": HALF_ROTATED},
         TOWER | PATCHES,
     ),
+    "glmga": GLM4V,
+    "hyperclovax_vision_v2": (TEXT, TOWER | PATCHES),
     "got_ocr2": (QWEN, TOWER | {"output_channels": 16, "window_size": 2, "mlp_dim": 16}),
     "idefics2": (TEXT | {"model_type": "mistral", "sliding_window": WINDOW}, TOWER),
     "idefics3": (LLAMA, TOWER),
@@ -102,6 +116,7 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "janus": (LLAMA, TOWER),
     "kimi_k25": (TEXT | LATENT_WIDTHS | ROUTED | {"model_type": "deepseek_v3"}, TOWER),
     "lfm2_vl": (TEXT | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, TOWER),
+    "lfm3_vl": (TEXT | {"layer_types": ["conv", "full_attention"]}, TOWER),
     "lighton_ocr": (TEXT | {"model_type": "qwen3", "head_dim": 12}, TOWER),
     "llama4": (
         TEXT
@@ -119,6 +134,8 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava_next": (TEXT | {"model_type": "mistral", "sliding_window": WINDOW}, TOWER),
     "llava_next_video": (LLAMA, TOWER),
     "llava_onevision": (QWEN, TOWER),
+    "minicpmv4_6": (TEXT | LINEAR, TOWER),
+    "minicpmv4_7": (TEXT | LINEAR, TOWER),
     "mistral3": (TEXT | {"model_type": "mistral", "head_dim": 12}, TOWER),
     "mllama": (
         TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 2], "pad_token_id": 0},

@@ -24,10 +24,11 @@ from januslens_server.models.quantized import DenseWeight
 
 FAMILIES = frozenset(
     """
-    aria aya_vision cohere2_vision deepseek_vl emu3 exaone4_5 gemma3 gemma4 glm46v glm4v glm4v_moe
-    got_ocr2 idefics2 idefics3 internvl janus kimi_k25 lfm2_vl lighton_ocr llama4 llava llava_next
-    llava_next_video llava_onevision mistral3 mllama ovis2 qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5
-    qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava
+    aria aya_vision cohere2_vision cohere_compass deepseek_vl emu3 exaone4_5 gemma3 gemma4 glm46v
+    glm4v glm4v_moe glmga got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25
+    lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpmv4_6
+    minicpmv4_7 mistral3 mllama ovis2 qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl
+    qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava
     """.split()
 )
 # Text decoders that AutoModelForCausalLM does not load, and the family that computes the same. Most
@@ -64,11 +65,10 @@ EMBEDDING = "model.embed_tokens.weight"
 # The first parts of the names of the other weights of such a checkpoint.
 OTHER_PARTS = frozenset(
     """
-    aligner audio_tower connector embed_audio embed_vision generation_aligner
-    generation_embeddings generation_head image_newline image_tower mlp1 mm_projector
-    multi_modal_projector multimodal_projector patch_merger projector video_tower vision_embed
-    vision_encoder vision_model vision_projection vision_tower visual visual_embeddings_table
-    vqmodel
+    aligner audio_tower connector embed_audio embed_vision generation_aligner generation_embeddings
+    generation_head image_newline image_tower merger mlp1 mm_projector multi_modal_projector
+    multimodal_projector patch_merger projector video_tower vision_embed vision_encoder vision_model
+    vision_projection vision_projector vision_tower visual visual_embeddings_table vqmodel
     """.split()
 )
 
