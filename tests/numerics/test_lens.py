@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from januslens_server.lens.head import LensHead, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
 from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import NodeKind

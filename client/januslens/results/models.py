@@ -219,6 +219,8 @@ class Model:
         guarantees: Results of the self-check at load.
         levels: How much of each layer can be shown.
         loaded_fraction: How much of the loading is done, from 0 to 1.
+        residual_streams: Number of residual streams side by side, 1 in most models. With several,
+            vectors of the residual stream have the width `residual_streams * d_model`.
     """
 
     name: str
@@ -237,6 +239,7 @@ class Model:
     guarantees: tuple[Guarantee, ...]
     levels: tuple[LayerLevel, ...] = ()
     loaded_fraction: float = 0.0
+    residual_streams: int = 1
 
     @classmethod
     def from_message(cls, message: models_pb2.Model) -> Model:
@@ -258,6 +261,7 @@ class Model:
             guarantees=tuple(Guarantee.from_message(g) for g in message.guarantees),
             levels=tuple(LayerLevel.from_message(level) for level in message.levels),
             loaded_fraction=message.loaded_fraction,
+            residual_streams=message.residual_streams or 1,
         )
 
     @property

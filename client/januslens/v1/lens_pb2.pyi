@@ -172,7 +172,8 @@ class ProjectRequest(_message.Message):
     """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     @_builtins.property
     def vectors(self) -> _common_pb2.Tensor:
-        """Vectors in the residual basis, [d_model] or [n, d_model] with n at most 4096, in FLOAT32,
+        """Vectors in the residual basis, [d_model] or [n, d_model] with n at most 4096 (with several
+        residual streams, also [n, residual_streams * d_model]), in FLOAT32,
         FLOAT16 or BFLOAT16. INVALID_ARGUMENT for another last dimension, NaN or infinity, or vectors
         whose squared norm overflows float32.
         """

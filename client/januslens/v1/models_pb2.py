@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from januslens.v1 import common_pb2 as januslens_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19januslens/v1/models.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.januslens.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.januslens.v1.Model\"\x83\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.januslens.v1.Model.State\x12\x14\n\x0cstate_reason\x18\x04 \x01(\t\x12\x10\n\x08n_layers\x18\x05 \x01(\r\x12\x0f\n\x07n_heads\x18\x06 \x01(\r\x12\x12\n\nn_kv_heads\x18\x07 \x01(\r\x12\x0f\n\x07\x64_model\x18\x08 \x01(\r\x12\x0e\n\x06\x64_head\x18\t \x01(\r\x12\r\n\x05\x64_mlp\x18\n \x01(\r\x12\x11\n\tn_experts\x18\x0b \x01(\r\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x12\x15\n\rmax_positions\x18\r \x01(\r\x12+\n\nguarantees\x18\x0e \x03(\x0b\x32\x17.januslens.v1.Guarantee\x12(\n\x06levels\x18\x0f \x03(\x0b\x32\x18.januslens.v1.LayerLevel\x12\x17\n\x0floaded_fraction\x18\x10 \x01(\x01\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x13\n\x0fSTATE_UNLOADING\x10\x04\"\x90\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1b\n\x13with_special_tokens\x18\x03 \x01(\x08\x12\x0f\n\x07literal\x18\x04 \x01(\x08\x12 \n\x04\x63hat\x18\x05 \x01(\x0b\x32\x12.januslens.v1.Chat\x12\x10\n\x08revision\x18\x06 \x01(\t\"e\n\x10TokenizeResponse\x12#\n\x06tokens\x18\x01 \x03(\x0b\x32\x13.januslens.v1.Token\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.ProvenanceB+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19januslens/v1/models.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.januslens.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.januslens.v1.Model\"\x9d\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.januslens.v1.Model.State\x12\x14\n\x0cstate_reason\x18\x04 \x01(\t\x12\x10\n\x08n_layers\x18\x05 \x01(\r\x12\x0f\n\x07n_heads\x18\x06 \x01(\r\x12\x12\n\nn_kv_heads\x18\x07 \x01(\r\x12\x0f\n\x07\x64_model\x18\x08 \x01(\r\x12\x0e\n\x06\x64_head\x18\t \x01(\r\x12\r\n\x05\x64_mlp\x18\n \x01(\r\x12\x11\n\tn_experts\x18\x0b \x01(\r\x12\x12\n\nvocab_size\x18\x0c \x01(\r\x12\x15\n\rmax_positions\x18\r \x01(\r\x12+\n\nguarantees\x18\x0e \x03(\x0b\x32\x17.januslens.v1.Guarantee\x12(\n\x06levels\x18\x0f \x03(\x0b\x32\x18.januslens.v1.LayerLevel\x12\x17\n\x0floaded_fraction\x18\x10 \x01(\x01\x12\x18\n\x10residual_streams\x18\x11 \x01(\r\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x13\n\x0fSTATE_UNLOADING\x10\x04\"\x90\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1b\n\x13with_special_tokens\x18\x03 \x01(\x08\x12\x0f\n\x07literal\x18\x04 \x01(\x08\x12 \n\x04\x63hat\x18\x05 \x01(\x0b\x32\x12.januslens.v1.Chat\x12\x10\n\x08revision\x18\x06 \x01(\t\"e\n\x10TokenizeResponse\x12#\n\x06tokens\x18\x01 \x03(\x0b\x32\x13.januslens.v1.Token\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.ProvenanceB+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,11 +42,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE']._serialized_start=248
   _globals['_GETMODELRESPONSE']._serialized_end=302
   _globals['_MODEL']._serialized_start=305
-  _globals['_MODEL']._serialized_end=820
-  _globals['_MODEL_STATE']._serialized_start=715
-  _globals['_MODEL_STATE']._serialized_end=820
-  _globals['_TOKENIZEREQUEST']._serialized_start=823
-  _globals['_TOKENIZEREQUEST']._serialized_end=967
-  _globals['_TOKENIZERESPONSE']._serialized_start=969
-  _globals['_TOKENIZERESPONSE']._serialized_end=1070
+  _globals['_MODEL']._serialized_end=846
+  _globals['_MODEL_STATE']._serialized_start=741
+  _globals['_MODEL_STATE']._serialized_end=846
+  _globals['_TOKENIZEREQUEST']._serialized_start=849
+  _globals['_TOKENIZEREQUEST']._serialized_end=993
+  _globals['_TOKENIZERESPONSE']._serialized_start=995
+  _globals['_TOKENIZERESPONSE']._serialized_end=1096
 # @@protoc_insertion_point(module_scope)

@@ -185,6 +185,7 @@ class Model(_message.Message):
     GUARANTEES_FIELD_NUMBER: _builtins.int
     LEVELS_FIELD_NUMBER: _builtins.int
     LOADED_FRACTION_FIELD_NUMBER: _builtins.int
+    RESIDUAL_STREAMS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests use."""
     state: Global___Model.State.ValueType
@@ -198,7 +199,7 @@ class Model(_message.Message):
     n_kv_heads: _builtins.int
     """Key and value heads of each attention: fewer than `n_heads` with grouped-query attention."""
     d_model: _builtins.int
-    """Width of the residual basis."""
+    """Width of the residual basis. In a model with several residual streams, that of each of them."""
     d_head: _builtins.int
     """Width of one head."""
     d_mlp: _builtins.int
@@ -214,6 +215,10 @@ class Model(_message.Message):
     loaded_fraction: _builtins.float
     """How much of the loading is done, from 0 to 1: the share of the bytes of the weights that have
     been read, checked and hashed, by all processes of the server. 1 for a READY model.
+    """
+    residual_streams: _builtins.int
+    """Number of residual streams side by side, 1 in most models; 0 = an older server. With several,
+    vectors of the residual stream are [residual_streams * d_model], one stream after the other.
     """
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
@@ -246,10 +251,11 @@ class Model(_message.Message):
         guarantees: _abc.Iterable[_common_pb2.Guarantee] | None = ...,
         levels: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
         loaded_fraction: _builtins.float = ...,
+        residual_streams: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_head", b"d_head", "d_mlp", b"d_mlp", "d_model", b"d_model", "guarantees", b"guarantees", "levels", b"levels", "loaded_fraction", b"loaded_fraction", "max_positions", b"max_positions", "n_experts", b"n_experts", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "provenance", b"provenance", "state", b"state", "state_reason", b"state_reason", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_head", b"d_head", "d_mlp", b"d_mlp", "d_model", b"d_model", "guarantees", b"guarantees", "levels", b"levels", "loaded_fraction", b"loaded_fraction", "max_positions", b"max_positions", "n_experts", b"n_experts", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "provenance", b"provenance", "residual_streams", b"residual_streams", "state", b"state", "state_reason", b"state_reason", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -67,8 +67,8 @@ class _SiteEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Site.ValueType],
 
 class Site(_Site, metaclass=_SiteEnumTypeWrapper):
     """A place in the forward pass whose tensor can be read, and mostly also changed. Shapes are those of
-    one position;
-    docs/semantics.md defines each site.
+    one position; in models with several residual streams, EMBEDDING and BLOCK_OUTPUT are
+    [residual_streams * d_model]. docs/semantics.md defines each site.
     """
 
 SITE_UNSPECIFIED: Site.ValueType  # 0

@@ -145,7 +145,8 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     """
 
 class NodeKind(_NodeKind, metaclass=_NodeKindEnumTypeWrapper):
-    """What the vector of a node is. Vectors are in the residual basis, [d_model]. h is a head, p the
+    """What the vector of a node is. Vectors are in the residual basis, [d_model]; in models with several
+    residual streams, those of the residual stream are [residual_streams * d_model]. h is a head, p the
     position of the node, s a source position. Matrices map row vectors: y = x W + b. A sum's PART
     edges name its parts. docs/semantics.md has the formulas.
     """

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from januslens_server.capture import HiddenSources, LayerActivations, Rotation
-from januslens_server.lens.head import Norm
+from januslens_server.lens.norm import Norm
 from januslens_server.results import Ints
 from januslens_server.transfer import to_device
 

@@ -89,7 +89,7 @@ class Decoder:
         logits: torch.Tensor = passed.logits[0, -1:]
         check_pass(outputs[self._last].to(model.device), logits)
         read = [outputs[layer].to(model.device) for layer in self._layers]
-        width = model.view.facts.d_model
+        width = model.view.facts.stream_width
         return logits[0].float(), torch.cat(read) if read else logits.new_empty(0, width)
 
 

@@ -52,7 +52,7 @@ class ResidentModel:
     @cached_property
     def site_taps(self) -> list[dict[Site, SiteTap]]:
         """Taps of each layer's sites, created once, because a request may use them often."""
-        return [block_taps(block, self.view.facts.d_model) for block in self.view.blocks]
+        return [block_taps(block, self.view.facts.stream_width) for block in self.view.blocks]
 
     @cached_property
     def rows(self) -> RowCache:

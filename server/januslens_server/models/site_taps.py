@@ -52,9 +52,12 @@ class SiteTap:
         )
 
 
-def block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
-    """Return the taps of the sites of a block whose values a single tensor has."""
-    residual = (d_model,)
+def block_taps(block: Block | CoarseBlock, width: int) -> dict[Site, SiteTap]:
+    """Return the taps of the sites of a block whose values a single tensor has.
+
+    `width` is that of the residual stream.
+    """
+    residual = (width,)
     output = {Site.BLOCK_OUTPUT: SiteTap(Tap(block.module, End.OUTPUT), residual)}
     if isinstance(block, CoarseBlock):
         return _sublayer_taps(block, residual) | output

@@ -57,12 +57,12 @@ def site_tap(model: ResidentModel, key: SiteKey) -> SiteTap:
     """
     layer, site = key
     view = model.view
-    residual = (view.facts.d_model,)
     if site is Site.EMBEDDING:
+        residual = (view.facts.stream_width,)
         return SiteTap(Tap(view.blocks[0].module, End.INPUT), residual)
     if site is Site.FINAL_NORM:
         head = Tap(model.network.get_output_embeddings(), End.INPUT)
-        return SiteTap(view.normed or head, residual)
+        return SiteTap(view.normed or head, (view.facts.d_model,))
     return model.site_taps[layer][site]
 
 

@@ -81,7 +81,7 @@ class TraceChecks:
             self._check_cancelled()
             residual = self._passed.residual[at[start : start + chunk]]
             logits = self._passed.logits[start : start + chunk].float()
-            read = lens.cap(lens.logits(lens.final_norm(residual)))
+            read = lens.cap(lens.logits(lens.normed(residual)))
             excluded = logits.isneginf()
             distances = (read - logits).abs().masked_fill_(excluded, 0)
             difference = max(difference, float(distances.max()))

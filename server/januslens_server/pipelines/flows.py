@@ -57,11 +57,11 @@ def position_targets(
         ranks = np.where(own, ranks, table.target_ranks[:, 0])
         logits = np.where(own, logits, table.target_logits[:, 0])
         probabilities = np.where(own, probabilities, table.target_probabilities[:, 0])
-    constants = lens.attribution_constant(to_device(ids.tolist(), rows.device))
+    constants = lens.attribution_constant(rows, to_device(ids.tolist(), rows.device))
     differences: list[float | None] = [None] * len(rows)
     if other is not None:
         others = rows.new_full((len(rows),), other, dtype=torch.long)
-        constants = constants - lens.attribution_constant(others)
+        constants = constants - lens.attribution_constant(rows, others)
         (compared,) = to_host(lens.cap(lens.target_logits(rows, others)))
         differences = (logits - compared.numpy()).tolist()
     constant_of = to_host(constants)[0].tolist()
@@ -175,7 +175,7 @@ class LayerFlows:
     def _final(self, targets: Sequence[PositionTarget]) -> Flow:
         """Build the final norm and the prediction at the position of each target."""
         before = self._at(targets).float()
-        after = self._model.view.lens.final_norm(before)
+        after = self._model.view.lens.normed(before)
         last_layer = self._model.view.facts.n_layers - 1
         return final_flow(last_layer, [target.position for target in targets], before, after)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
 from januslens_server.models.interventions import Intervention, Source
 from januslens_server.models.resident import ResidentModel
@@ -143,9 +145,13 @@ class _Reader:
         )
         match spec.operation:
             case SetTo(values):
+                values = self._in_all_streams(values)
                 self._check_shape(resolved, values, "set")
-            case Add(vector, _):
+                return replace(resolved, operation=SetTo(values))
+            case Add(vector, coefficient):
+                vector = self._in_all_streams(vector)
                 self._check_shape(resolved, vector, "add.vector")
+                return replace(resolved, operation=Add(vector, coefficient))
             case PatchFrom(prompt, at):
                 return replace(resolved, sources=(self._patch(resolved, prompt, at),))
             case MeanOver(prompts):
@@ -222,6 +228,14 @@ class _Reader:
                 "experts", f"layer {dense[0]} has no experts; name only layers that have some"
             )
         return read_experts(self._model, self._spec.experts, keys, f"{self._field}.experts")
+
+    def _in_all_streams(self, values: Vectors) -> Vectors:
+        """Repeat values of one residual stream for each, if the model has several."""
+        facts = self._model.view.facts
+        one = self._spec.site in {Site.EMBEDDING, Site.BLOCK_OUTPUT} and values.ndim > 0
+        if facts.n_streams > 1 and one and values.shape[-1] == facts.d_model:
+            return np.tile(values, facts.n_streams)
+        return values
 
     def _check_shape(self, resolved: Intervention, values: Vectors, name: str) -> None:
         """Check that a tensor has the site's shape, at one position or at each of several."""

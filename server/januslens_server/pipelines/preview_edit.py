@@ -172,7 +172,7 @@ def _next_logits(
     last = (len(ids) - 1,)
     passed = forward(model, ids, (), check_cancelled, scored=last, interventions=changes)
     last_residual = passed.residual[-1:]
-    return lens.logits(lens.final_norm(last_residual))[0]
+    return lens.logits(lens.normed(last_residual))[0]
 
 
 def _effect(lens: LensHead, watched: Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:

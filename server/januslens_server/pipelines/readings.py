@@ -105,7 +105,7 @@ class FlowReader:
     def add(self, piece: Piece) -> None:
         """Collect a piece. Of its vectors, only those that are projected or sent are kept."""
         flow, nodes, device = piece.flow, piece.flow.nodes, self._model.device
-        vectors = torch.empty(0, self._model.view.facts.d_model, device=device)
+        vectors = torch.empty(0, self._model.view.facts.stream_width, device=device)
         if nodes and self._spec.keeps_vectors:
             vectors = flow.vectors.to(device)
         shown = self._shown(nodes)
@@ -190,7 +190,7 @@ class FlowReader:
         found = dict(zip(flow.states, flow.gradients, strict=True))
         states = [(i, found[number]) for i, number in enumerate(shown) if number in found]
         if not states:
-            empty = torch.empty(0, self._model.view.facts.d_model, device=self._model.device)
+            empty = torch.empty(0, self._model.view.facts.stream_width, device=self._model.device)
             return np.empty(0, np.int64), empty
         gradients = torch.stack([gradient for _, gradient in states]).to(self._model.device)
         return np.array([i for i, _ in states]), gradients
@@ -203,10 +203,11 @@ class FlowReader:
         return np.flatnonzero(np.isin(kinds, [int(kind) for kind in self._spec.node_kinds]))
 
     def _tables(self, collected: Sequence[_Unread]) -> list[_Started]:
-        """Start to project the nodes of all pieces, together if the kind of lens is the same."""
+        """Start to project the nodes of all pieces, together if lens and width are the same."""
         tables: list[_Started] = []
         if self._spec.include_projections:
-            for kind, pieces in groupby(collected, key=lambda unread: unread.lens):
+            same = groupby(collected, key=lambda unread: (unread.lens, unread.vectors.shape[-1]))
+            for (kind, _), pieces in same:
                 group = list(pieces)
                 vectors = torch.cat([unread.vectors for unread in group])
                 nodes = Nodes.joined([unread.nodes.rows(unread.asked) for unread in group])
@@ -219,7 +220,8 @@ class FlowReader:
         counts = [len(unread.states) for unread in collected]
         if not (self._spec.include_gradients and any(counts)):
             return []
-        vectors = torch.cat([unread.gradients for unread in collected])
+        whole = torch.cat([unread.gradients for unread in collected])
+        vectors = self._model.view.lens.of_all_streams(whole)
         # A trace has the gradients of the logit at its last position only.
         last = self._targets[max(self._targets)]
         targets = vectors.new_full((len(vectors), 1), last, dtype=torch.long)

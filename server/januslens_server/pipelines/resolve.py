@@ -465,10 +465,12 @@ def resolve_project(
 
 
 def _check_width(model: ResidentModel, width: int) -> None:
-    d_model = model.view.facts.d_model
-    if width != d_model:
+    facts = model.view.facts
+    widths = dict.fromkeys((facts.d_model, facts.stream_width))
+    if width not in widths:
+        expected = " or ".join(map(str, widths))
         raise InvalidRequest(
-            "vectors.shape", f"vectors have width {width}; expected {d_model} for {model.name}"
+            "vectors.shape", f"vectors have width {width}; expected {expected} for {model.name}"
         )
 
 

@@ -234,7 +234,8 @@ class LayerLevel(NamedTuple):
 class ModelFacts:
     """The sizes of a model; the names are those of the contract.
 
-    Sizes of heads, neurons and experts are 0 if no layer shows them.
+    Sizes of heads, neurons and experts are 0 if no layer shows them. The residual stream has
+    `n_streams` vectors of width `d_model` at each position, side by side.
     """
 
     n_layers: int
@@ -246,3 +247,9 @@ class ModelFacts:
     n_experts: int
     vocab_size: int
     max_positions: int
+    n_streams: int = 1
+
+    @property
+    def stream_width(self) -> int:
+        """The width of the residual stream: that of the vectors of all streams together."""
+        return self.n_streams * self.d_model

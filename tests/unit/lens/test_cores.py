@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from januslens_server.lens.cpu import on_free_cores
-from januslens_server.lens.head import LensHead, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
 from januslens_server.lens.unembedding import FEWEST_TOKENS, Unembedding
 from januslens_server.specs import LensSpec

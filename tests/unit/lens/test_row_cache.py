@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from januslens_server.errors import RequestCancelled
-from januslens_server.lens.head import LensHead, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
 from januslens_server.lens.row_cache import ROWS, RowCache
 from januslens_server.lens.unembedding import Unembedding

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from januslens_server.lens.head import LensHead, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
 from januslens_server.lens.row_index import RowIndex, index_rows
 from januslens_server.lens.unembedding import Unembedding
 

@@ -26,6 +26,7 @@ from januslens_server.graph.weights import QueryScaling
 from januslens_server.models.adapters.modules import run_eagerly, table_rotation
 from januslens_server.models.adapters.observed_block import BlockFinder, BlockSettings
 from januslens_server.models.adapters.observed_pass import observe
+from januslens_server.models.adapters.several_streams import SEVERAL
 from januslens_server.models.adapters.stream import (
     Stream,
     find_stream,
@@ -102,6 +103,8 @@ def view(model: PreTrainedModel) -> ModelView:
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         run_eagerly(model)
     stream = find_stream(model)
+    if stream.count > 1:
+        return view_of_stream(stream, [f"{stream.name}: {SEVERAL.format(stream.count)}"])
     try:
         blocks, facts = _parts(stream)
     except UNKNOWN as error:

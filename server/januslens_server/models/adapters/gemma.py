@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import HeadMap, HeadNorm
-from januslens_server.lens.head import LensHead, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
 from januslens_server.models.adapters.llama import (
     Layer,
     attention,

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.graph.weights import Finish, HeadMap, Scoring
-from januslens_server.lens.head import LensHead, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
 from januslens_server.models.adapters.modules import (
     consecutive,
     facts,

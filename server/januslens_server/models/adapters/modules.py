@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.capture.hooks import Columns
 from januslens_server.graph.weights import Finish, HeadMap, HeadNorm
-from januslens_server.lens.head import LensHead, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
 from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.matrices import Linear
 from januslens_server.models.views import Attention, Mlp

@@ -114,7 +114,7 @@ def with_modules(
             continue
         seen = found[layer]
         reason = block.reason
-        if not seen.sublayers and seen.skips != reason:
+        if not seen.sublayers and seen.skips != reason and view.facts.n_streams == 1:
             reason = f"{seen.skips}; {reason}" if seen.skips else f"{reason}; {NOT_FOUND}"
         if layers is None:
             reason = _unknown_mixer(seen.sublayers) or reason

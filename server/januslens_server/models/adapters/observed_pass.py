@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from januslens_server.errors import ModelFailed
-from januslens_server.lens.head import Norm
+from januslens_server.lens.norm import Norm
 
 # Tokens of the observed forward pass.
 OBSERVED_LENGTH = 6

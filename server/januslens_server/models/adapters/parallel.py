@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.graph.weights import HeadMap, HeadNorm
-from januslens_server.lens.head import Norm
+from januslens_server.lens.norm import Norm
 from januslens_server.models.adapters.llama import (
     Layer,
     Projections,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -21,13 +21,22 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture.hooks import nth_tensor
 from januslens_server.errors import ModelFailed
-from januslens_server.lens.head import LensHead, NoNorm, Norm
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.merge import HiddenLayer, Merge
+from januslens_server.lens.norm import NoNorm, Norm
 from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.adapters.observed_pass import (
     ModuleCall,
+    difference,
     observed_ids,
     read_norm,
     scales,
+)
+from januslens_server.models.adapters.several_streams import (
+    SEVERAL,
+    StreamAxis,
+    find_merge,
+    pass_side_by_side,
 )
 from januslens_server.models.vetting import MAX_POSITIONS, one_line
 from januslens_server.models.views import CoarseBlock, ModelView
@@ -35,9 +44,6 @@ from januslens_server.results import ModelFacts
 
 # Maximum difference between logits that must be equal, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-# What blocks pass on that have no residual stream of one vector a position.
-SEVERAL = "its blocks pass on {} residual streams side by side (hyper-connections or AltUp)"
 
 ONE = "expected blocks that pass on one residual stream"
 
@@ -62,8 +68,10 @@ CACHES = ("cache", "past_key_values", "cache_params", "state")
 class Stream:
     """A model's blocks, and the calls of one pass over `ids` that show its residual stream.
 
-    `name` is that of the list of blocks. `last` is the last block's output `[pos, d_model]` and
-    `logits` are `[pos, vocab]`. `norm` is the call of the final norm, or None without one.
+    `name` is that of the list of blocks. `last` is the last block's output `[pos, d_model]`, or
+    `[pos, streams * d_model]` with several streams, and `logits` are `[pos, vocab]`. `merge` is
+    None if the final norm reads `last` itself. `norm` is the call of the final norm, or None
+    without one.
     """
 
     model: PreTrainedModel
@@ -72,7 +80,13 @@ class Stream:
     ids: torch.Tensor
     last: torch.Tensor
     logits: torch.Tensor
+    merge: Merge | None
     norm: ModuleCall | None
+
+    @property
+    def count(self) -> int:
+        """The number of residual streams."""
+        return 1 if self.merge is None else self.merge.streams
 
 
 @dataclass
@@ -89,6 +103,8 @@ class _Call:
 def find_stream(model: PreTrainedModel) -> Stream:
     """Find the blocks and the final norm.
 
+    Blocks with several residual streams are changed to pass them on side by side.
+
     Raises:
         ModelFailed: No list of modules passes a residual stream on.
     """
@@ -103,8 +119,13 @@ def find_stream(model: PreTrainedModel) -> Stream:
         reason = _broken(blocks, calls)
         if reason is None:
             last = calls[blocks[-1]][0].output
-            norm = _final_norm([call for m in outside for call in calls.get(m, [])], last)
-            return Stream(model, name, blocks, ids, last[0], logits, norm)
+            axis = StreamAxis.of(last, ids.shape[1])
+            if axis is not None:
+                pass_side_by_side(blocks, axis)
+                return find_stream(model)
+            later = [call for m in outside for call in calls.get(m, [])]
+            merge, norm = _behind_blocks(model, name, inside, later, last)
+            return Stream(model, name, blocks, ids, last[0], logits, merge, norm)
         reasons.append(f"{name}: {reason}")
     found = "; ".join(reasons) or f"found no list of {n_layers} blocks"
     raise ModelFailed(f"{found}; {ONE}")
@@ -165,9 +186,7 @@ def _broken(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[_Call]]) ->
         return f"a pass calls its blocks {times} times"
     called = [calls[block][0] for block in blocks]
     for layer, call in enumerate(called):
-        if (streams := _streams(call)) > 1:
-            return SEVERAL.format(streams)
-        if call.output.shape != call.input.shape or call.output.dim() != 3:
+        if call.output.shape != call.input.shape or call.output.dim() not in {3, 4}:
             return f"block {layer} turns {list(call.input.shape)} into {list(call.output.shape)}"
         if not (
             torch.equal(call.input, call.input_then) and torch.equal(call.output, call.output_then)
@@ -179,28 +198,98 @@ def _broken(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[_Call]]) ->
     return None
 
 
-def _streams(call: _Call) -> int:
-    """Return how many residual streams a block passes on, if they have an axis of their own.
+def _behind_blocks(
+    model: PreTrainedModel,
+    name: str,
+    inside: Collection[nn.Module],
+    calls: Sequence[_Call],
+    last: torch.Tensor,
+) -> tuple[Merge | None, ModuleCall | None]:
+    """Return how the residual stream is merged, and the call of the final norm, each or None.
 
-    The axis is before that of the batch of 1, or behind that of the positions.
+    `calls` are those of the modules outside of the blocks, and `inside` the modules in them.
+
+    Raises `ModelFailed` if several streams are merged in an unknown way.
     """
-    shape = call.output.shape
-    if len(shape) != 4 or call.input.shape != shape or 1 not in shape[:2]:
-        return 1
-    return shape[2] if shape[0] == 1 else shape[0]
+    streams = last.shape[-1] // _width(model)
+    if streams == 1:
+        norm = _final_norm(calls, last)
+        hidden = _hidden_layer(calls, norm)
+        return hidden if hidden is not None else (None, norm)
+    merge = find_merge([module for module in model.modules() if module not in inside])
+    if merge is None or merge.streams != streams:
+        raise ModelFailed(
+            f"{name}: {SEVERAL.format(streams)} and merges them in an unknown way: expected a "
+            "merge as in DeepSeek V4, HY V4, Qwen 4 or Gemma 3n"
+        )
+    return merge, _final_norm(calls, merge(last), TOLERANCE[last.dtype])
 
 
-def _final_norm(calls: Sequence[_Call], last: torch.Tensor) -> ModuleCall | None:
-    """Return the call that reads the last block's output and computes a norm, or None."""
+def _final_norm(
+    calls: Sequence[_Call], read: torch.Tensor, tolerance: float = 0.0
+) -> ModuleCall | None:
+    """Return the call that reads `read` `[1, pos, d_model]` and computes a norm, or None.
+
+    A relative `tolerance` is for vectors that were computed in float32.
+    """
     for call in calls:
-        shaped = call.input_then.shape == last.shape == call.output_then.shape
-        if not shaped or not torch.equal(call.input_then, last):
+        if not call.input_then.shape == read.shape == call.output_then.shape:
             continue
-        if isinstance(call.module, nn.Linear):
-            continue
-        name = type(call.module).__name__
-        return ModuleCall(name, call.module, call.input, call.output, call.output_then)
+        same = difference(call.input_then, read) <= tolerance
+        if same and not isinstance(call.module, nn.Linear):
+            return _module_call(call)
     return None
+
+
+def _module_call(call: _Call) -> ModuleCall:
+    name = type(call.module).__name__
+    return ModuleCall(name, call.module, call.input, call.output, call.output_then)
+
+
+def _hidden_layer(
+    calls: Sequence[_Call], norm: ModuleCall | None
+) -> tuple[HiddenLayer, ModuleCall] | None:
+    """Return the hidden layer of a head, behind the final norm, and the call of its own norm.
+
+    Each module reads what the one before returns: a linear map, an activation and a norm.
+    """
+    if norm is None:
+        return None
+    chain, read = [], norm.given
+    for _ in range(3):
+        found = next((call for call in calls if _reads(call, read)), None)
+        if found is None:
+            return None
+        chain.append(found)
+        read = found.output_then
+    linear, activation, own = chain
+    if not isinstance(linear.module, nn.Linear) or list(activation.module.parameters()):
+        return None
+    matrix = linear.module.weight.detach().float().T
+    bias = getattr(linear.module, "bias", None)
+    offset = None if bias is None else bias.detach().float()
+    merge = HiddenLayer(read_norm(norm), matrix, offset, activation.module)
+    return merge, _module_call(own)
+
+
+def _reads(call: _Call, vectors: torch.Tensor) -> bool:
+    """Whether a module reads exactly these vectors and returns others of their shape."""
+    shaped = call.input_then.shape == vectors.shape == call.output_then.shape
+    return shaped and torch.equal(call.input_then, vectors)
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Return the width of the vectors that the output head reads.
+
+    Raises `ModelFailed` if the head is no linear map.
+    """
+    head: Any = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), torch.Tensor):
+        raise ModelFailed(
+            f"the output head is a {type(head).__name__}: expected a linear map with a weight"
+        )
+    width: int = head.weight.shape[1]
+    return width
 
 
 def view(model: PreTrainedModel, reason: str) -> ModelView:
@@ -231,7 +320,8 @@ def view_of_stream(stream: Stream, reasons: Sequence[str]) -> ModelView:
             n_layers=len(stream.blocks),
             n_heads=0,
             n_kv_heads=0,
-            d_model=stream.last.shape[-1],
+            d_model=lens.unembedding.d_model,
+            n_streams=stream.count,
             d_head=0,
             d_mlp=0,
             n_experts=0,
@@ -255,19 +345,13 @@ def lens_of_stream(stream: Stream) -> LensHead:
         ModelFailed: No scale and soft-cap of the configuration do.
     """
     head: Any = stream.model.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), torch.Tensor):
+    width = _width(stream.model)
+    if stream.last.shape[1] != width * stream.count:
         raise ModelFailed(
-            f"the output head is a {type(head).__name__}: expected a linear map with a weight"
+            f"the output head reads vectors of width {width}: expected {stream.last.shape[1]}, "
+            "as in the residual stream"
         )
-    streams, left = divmod(stream.last.shape[1], head.weight.shape[1])
-    if streams > 1 and not left:
-        raise ModelFailed(f"{stream.name}: {SEVERAL.format(streams)}; {ONE}")
-    if head.weight.shape[1:] != stream.last.shape[1:]:
-        raise ModelFailed(
-            f"the output head reads vectors of width {head.weight.shape[1]}: expected "
-            f"{stream.last.shape[1]}, as in the residual stream"
-        )
-    norm: Norm = NoNorm.of_width(stream.last.shape[-1], stream.last.device)
+    norm: Norm = NoNorm.of_width(width, stream.last.device)
     if stream.norm is not None:
         norm = read_norm(stream.norm)
     bias = getattr(head, "bias", None)
@@ -276,8 +360,8 @@ def lens_of_stream(stream: Stream) -> LensHead:
     errors: dict[LensHead, float] = {}
     config = stream.model.config.get_text_config()
     for scale, cap in product(_scales(config), _caps(config)):
-        lens = LensHead(norm, unembedding, offset, scale, cap)
-        error = _difference(lens.cap(lens.logits(norm(stream.last))), stream.logits)
+        lens = LensHead(norm, unembedding, offset, scale, cap, merge=stream.merge)
+        error = _difference(lens.cap(lens.logits(lens.normed(stream.last))), stream.logits)
         if not errors or error < min(errors.values()):
             errors = {lens: error}
     (lens, error) = next(iter(errors.items()))

@@ -56,7 +56,7 @@ def intervene_demand(request: ResolvedIntervene) -> Demand:
     together = min(request.at_once, len(request.experiments))
     own = (found for experiment in request.experiments for found in experiment.interventions)
     applying = working_bytes(sizes, chain(request.always, own), tokens, together)
-    held = values + sizes.item * layers * tokens * facts.d_model
+    held = values + sizes.item * layers * tokens * facts.stream_width
     held += 2 * memory.FLOAT32 * read * facts.vocab_size
     logits = 8 * memory.FLOAT32 * read * facts.vocab_size
     working = memory.passing(sizes, max(tokens * together, longest), read * together)

@@ -95,7 +95,7 @@ def working_bytes(
 ) -> int:
     """Return the bytes that applying interventions needs at a time, for copies of a prompt."""
     facts = sizes.facts
-    widest = max(facts.d_mlp, facts.n_heads * facts.d_head, facts.d_model)
+    widest = max(facts.d_mlp, facts.n_heads * facts.d_head, facts.stream_width)
     changes = list(interventions)
     total = 4 * memory.FLOAT32 * tokens * copies * widest if changes else 0
     if any(isinstance(found.operation, Noise) for found in changes):

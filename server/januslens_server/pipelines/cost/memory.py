@@ -18,7 +18,7 @@ def captured(sizes: CostSizes, tokens: int, positions: int) -> int:
     """Return the bytes that a Trace captures of one block, for a number of positions."""
     facts = sizes.facts
     heads = 2 * facts.n_heads * facts.d_head
-    at_each = 10 * facts.d_model + heads + _neurons(sizes)
+    at_each = 10 * facts.stream_width + heads + _neurons(sizes)
     return sizes.item * (positions * at_each + 2 * tokens * facts.n_kv_heads * facts.d_head)
 
 
@@ -27,7 +27,7 @@ def kept_for_backward(sizes: CostSizes, tokens: int) -> int:
     facts = sizes.facts
     heads = (8 * facts.n_heads + 6 * facts.n_kv_heads) * facts.d_head
     scores = 4 * facts.n_heads * tokens if sizes.eager else 0
-    each = 16 * facts.d_model + heads + 6 * _neurons(sizes) + scores
+    each = 16 * facts.stream_width + heads + 6 * _neurons(sizes) + scores
     return sizes.item * tokens * each + _scan(sizes, tokens)
 
 
@@ -35,7 +35,7 @@ def passing(sizes: CostSizes, tokens: int, scored: int) -> int:
     """Return the bytes of a forward pass: largest temporary tensor, masks, `scored` logits."""
     facts = sizes.facts
     scores = 3 * facts.n_heads * tokens if sizes.eager else 0
-    width = 6 * facts.d_model + 4 * facts.n_heads * facts.d_head + 4 * _neurons(sizes) + scores
+    width = 6 * facts.stream_width + 4 * facts.n_heads * facts.d_head + 4 * _neurons(sizes) + scores
     masks = 3 * tokens * tokens + 2 * FLOAT32 * tokens * min(tokens, MASK_ROWS)
     temporary = sizes.item * (tokens * width + 3 * scored * facts.vocab_size)
     return temporary + masks + _scan(sizes, tokens)
@@ -48,7 +48,7 @@ def read(sizes: CostSizes, vectors: int, listed: int) -> int:
     chunk = min(max(sizes.chunk_bytes, row), row * vectors)
     # Differences from the largest logit, their exponentials and capped logits, or what is listed.
     parts = (4 if listed else 3) * min(chunk, sizes.part_bytes)
-    return chunk + parts + vectors * 4 * FLOAT32 * facts.d_model + reported(vectors, listed)
+    return chunk + parts + vectors * 4 * FLOAT32 * facts.stream_width + reported(vectors, listed)
 
 
 def reported(vectors: int, listed: int) -> int:

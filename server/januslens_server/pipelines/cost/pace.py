@@ -83,7 +83,7 @@ def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pac
     flops = [pass_flops(sizes, tokens) for tokens in (few, many)]
     times = [best(partial(_pass, model, tokens)) for tokens in (few, many)]
     per_pass, per_flop = _line(flops, times)
-    rows = [torch.ones(n, sizes.facts.d_model, device=model.device) for n in VECTORS]
+    rows = [torch.ones(n, sizes.facts.stream_width, device=model.device) for n in VECTORS]
     times = [best(partial(project, head, vectors, LensSpec())) for vectors in rows]
     per_reading, per_vector = _line([float(n) for n in VECTORS], times)
     per_vector = max(0.0, per_vector - lens_flops(sizes, 1) * per_flop)
@@ -97,7 +97,7 @@ def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pac
 
 def _with_changes(model: ResidentModel, pace: Pace, clock: Clock) -> Pace:
     """Measure the time per change of a site, per changed value, and per value of noise."""
-    width = model.view.facts.d_model
+    width = model.view.facts.stream_width
     few, many = (max(1, values // width) for values in CHANGED)
     small, large = (_best(clock, partial(_change, model, n, Scale(0.5))) for n in (few, many))
     # A site is copied before its values change.
@@ -112,7 +112,7 @@ def _change(model: ResidentModel, positions: int, operation: Operation) -> None:
     key = (0, Site.BLOCK_OUTPUT)
     found = Intervention((key,), tuple(range(positions)), None, operation)
     changes = Interventions(model, [found], positions, {}, never_cancelled)
-    values = torch.ones(positions, model.view.facts.d_model, device=model.device)
+    values = torch.ones(positions, model.view.facts.stream_width, device=model.device)
     float(changes.changed(key, values)[-1, 0])  # waits for a GPU to finish
 
 

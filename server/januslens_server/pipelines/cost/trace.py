@@ -269,9 +269,9 @@ def _held(
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
     scored = positions if spec.include_checks else 1
     passed = layers * memory.captured(sizes, tokens, positions)
-    passed += sizes.item * (scored * facts.vocab_size + tokens * facts.d_model)
+    passed += sizes.item * (scored * facts.vocab_size + tokens * facts.stream_width)
     if spec.differentiates:
-        gradients = len(STATES_WITH_GRADIENT) * positions * facts.d_model
+        gradients = len(STATES_WITH_GRADIENT) * positions * facts.stream_width
         passed += memory.FLOAT32 * layers * gradients
     sent = shown + collected
     vectors = _formed(spec, built, positions) + (sent if spec.include_vectors else 0)
@@ -279,8 +279,8 @@ def _held(
         vectors += collected
         passed += memory.reported(sent, max(listed, spec.overlap_k))
     if spec.include_gradients:
-        passed += memory.FLOAT32 * sent * facts.d_model
-    return passed + 2 * memory.FLOAT32 * vectors * facts.d_model + NUMBERS * sent
+        passed += memory.FLOAT32 * sent * facts.stream_width
+    return passed + 2 * memory.FLOAT32 * vectors * facts.stream_width + NUMBERS * sent
 
 
 def _formed(spec: TraceSpec, built: int, positions: int) -> int:
@@ -292,7 +292,7 @@ def _formed(spec: TraceSpec, built: int, positions: int) -> int:
 
 def _stream(sizes: CostSizes, spec: TraceSpec, tokens: int, nodes: int, positions: int) -> int:
     listed = spec.lens.top_k + spec.lens.bottom_k
-    vector = memory.FLOAT32 * sizes.facts.d_model + 16 if spec.include_vectors else 0
+    vector = memory.FLOAT32 * sizes.facts.stream_width + 16 if spec.include_vectors else 0
     reading = reading_bytes(listed) if spec.include_projections else 0
     edges = EDGES_PER_NODE if _shows(spec, OF_EDGES) else 1
     each = NODE_BYTES + reading + vector + edges * EDGE_BYTES

@@ -301,6 +301,14 @@ def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
     )
 
 
+def _sizes(facts: ModelFacts | None) -> dict[str, Any]:
+    """Return the fields of a model's sizes; none before it is loaded."""
+    if facts is None:
+        return {}
+    fields = asdict(facts)
+    return fields | {"residual_streams": fields.pop("n_streams")}
+
+
 def sizes_message(facts: ModelFacts) -> common_pb2.ModelSizes:
     """Encode the model's sizes, which clients need to interpret ranks and layer numbers."""
     return common_pb2.ModelSizes(
@@ -372,7 +380,7 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
         guarantees=guarantee_messages(status.guarantees),
         levels=level_messages(status.levels),
         loaded_fraction=status.loaded_fraction,
-        **({} if status.facts is None else asdict(status.facts)),
+        **_sizes(status.facts),
     )
     if status.provenance is not None:
         message.provenance.CopyFrom(provenance_message(status.provenance))
