@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -88,6 +90,19 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "emu3": (TEXT | {"pad_token_id": 0}, {}),
     "exaone4_5": (TEXT | WINDOWS | {"model_type": "exaone4"}, TOWER | PATCHES),
     "gemma3": (TEXT | WINDOWS | {"head_dim": 12, "query_pre_attn_scalar": 20}, TOWER),
+    "gemma3n": (
+        TEXT
+        | {
+            "head_dim": 8,
+            "altup_num_inputs": 3,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "num_kv_shared_layers": 1,
+            "layer_types": ["full_attention", "full_attention"],
+            "pad_token_id": 0,
+        },
+        {"hidden_size": 16},
+    ),
     "gemma4": (
         TEXT
         | WINDOWS
@@ -175,8 +190,20 @@ WHOLE: dict[str, dict[str, Any]] = {
             "num_res_blocks": 1,
         },
     },
+    "gemma3n": {
+        "audio_config": {
+            "hidden_size": 16,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "sscp_conv_channel_size": [4, 4],
+        }
+    },
     "ovis2": {"hidden_size": TEXT["hidden_size"], "vocab_size": VOCABULARY},
 }
+
+
+# In place of the tower for images of Gemma 3n, which needs timm; texts do not call it.
+TIMM = torch.nn.Linear(4, 4)
 
 
 def wrapped(family: str, folder: Path) -> Any:
@@ -186,9 +213,25 @@ def wrapped(family: str, folder: Path) -> Any:
     config = CONFIG_MAPPING[family](  # type: ignore[call-arg]  # each family has its own
         text_config=text, vision_config=tower, **settings
     )
-    network = saved(AutoModelForImageTextToText, config, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if family == "gemma3n":
+            of_text: Any = AutoModel.from_config
+            patch.setattr(
+                "transformers.models.gemma3n.modeling_gemma3n.AutoModel.from_config",
+                lambda part: TIMM if part.model_type == "gemma3n_vision" else of_text(part),
+            )
+        network = saved(AutoModelForImageTextToText, config, folder)
     if family == "kimi_k25":  # transformers reads the published names, and saves others
         rename(folder, "language_model.model.blocks.", "language_model.model.layers.")
+    if family == "gemma3n":  # published with weights that layers with shared keys do not use
+        tensors = load_file(folder / WEIGHTS)
+        unused = {
+            name.replace("layers.0.", "layers.1."): values.clone()
+            for name, values in tensors.items()
+            if re.search(r"language_model\.layers\.0\.self_attn\.[kv]_", name)
+        }
+        assert unused.keys().isdisjoint(tensors)
+        save_file(tensors | unused, folder / WEIGHTS, {"format": "pt"})
     if family == "qianfan_ocr":
         rename(folder, "language_model.model.encoder.", "language_model.model.")
     return network

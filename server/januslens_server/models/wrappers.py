@@ -24,11 +24,11 @@ from januslens_server.models.quantized import DenseWeight
 
 FAMILIES = frozenset(
     """
-    aria aya_vision cohere2_vision cohere_compass deepseek_vl emu3 exaone4_5 gemma3 gemma4 glm46v
-    glm4v glm4v_moe glmga got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25
-    lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpmv4_6
-    minicpmv4_7 mistral3 mllama ovis2 qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl
-    qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava
+    aria aya_vision cohere2_vision cohere_compass deepseek_vl emu3 exaone4_5 gemma3 gemma3n gemma4
+    glm46v glm4v glm4v_moe glmga got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus
+    kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision
+    minicpmv4_6 minicpmv4_7 mistral3 mllama ovis2 qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5
+    qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava
     """.split()
 )
 # Text decoders that AutoModelForCausalLM does not load, and the family that computes the same. Most
