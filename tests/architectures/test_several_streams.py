@@ -14,7 +14,7 @@ from januslens_server.lens.merge import Merge
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.resolve import resolve_activations, resolve_project
-from januslens_server.results import Level, NodeKind, SiteValues
+from januslens_server.results import Level, NodeKind, Side, SiteValues
 from januslens_server.specs import (
     ActivationsSpec,
     Add,
@@ -262,3 +262,29 @@ def test_project_takes_one_stream_or_all(case: Case) -> None:
     np.testing.assert_array_equal(whole.top_ids, one.top_ids)
     with pytest.raises(InvalidRequest, match=f"{facts.d_model} or {facts.stream_width}"):
         read(vectors[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("case", "reading", "adding"),
+    [
+        (
+            ALTUP,
+            ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj"],
+            ["self_attn.o_proj", "mlp.down_proj", "per_layer_projection"],
+        ),
+        (
+            HYPER,
+            ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "mlp.gate_proj"],
+            ["self_attn.o_proj", "mlp.down_proj"],
+        ),
+        (DEEPSEEK_V4, ["self_attn.q_a_proj", "self_attn.kv_proj"], ["self_attn.o_b_proj"]),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else "",
+)
+def test_linear_maps_beside_mixed_streams_are_read_in_the_vocabulary(
+    case: Case, reading: list[str], adding: list[str]
+) -> None:
+    for block in served(case).view.blocks:
+        sides = {name: found.side for name, found in block.maps.items()}
+        assert {sides[name] for name in reading} == {Side.INPUT}
+        assert {sides[name] for name in adding} == {Side.VJP}

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -150,7 +150,8 @@ def _observed(network: PreTrainedModel, view: ModelView) -> dict[int, _Found]:
                 terms, multiplier = terms_of_block(calls, whole, config)
                 coarse = isinstance(view.blocks[layer], CoarseBlock)
                 sublayers, mid = _sublayers(calls, whole, terms) if coarse else ((), None)
-                maps = _linear_maps(calls, whole, terms, shared)
+                basis = _residual_basis(calls, whole, terms, view.facts.n_streams)
+                maps = _linear_maps(calls, whole, basis, shared)
                 multiplier = multiplier if sublayers else 1.0
                 skips = "" if terms else skip_path(calls, whole)
                 found[layer] = _Found(skips, sublayers, mid, multiplier, maps)
@@ -220,8 +221,77 @@ def _computes(linear: Linear, call: BlockCall) -> bool:
     return difference(found, rows(call.output)) <= SUM[call.output.dtype]
 
 
+class _ResidualBasis(NamedTuple):
+    """Tensors of a block in the residual basis.
+
+    `states` are the residual stream and what norms of it return, and `added` what sublayers add.
+    """
+
+    states: list[torch.Tensor]
+    added: list[torch.Tensor]
+
+
+def _residual_basis(
+    calls: Sequence[BlockCall], block: BlockCall, terms: Terms, streams: int
+) -> _ResidualBasis:
+    """Return the tensors of a block in the residual basis."""
+    if streams > 1:
+        return _mixed_basis(calls, block, streams)
+    states = [block.input, *(_after(block, terms[:count]) for count in range(1, len(terms)))]
+    norms = [call for call in calls if is_norm(call.module)]
+    states += [
+        call.output for call in norms if any(is_multiple(call.input, each) for each in states)
+    ]
+    added = [call.output for call, _ in terms]
+    added += [_source(call, calls).output for call, _ in terms]
+    return _ResidualBasis(states, added)
+
+
+def _mixed_basis(calls: Sequence[BlockCall], block: BlockCall, streams: int) -> _ResidualBasis:
+    """Return the same for a block that mixes several residual streams.
+
+    It is measured at each position: a norm reads the residual stream if its input is a combination
+    of the block's input streams and of what its children return, but not one child's result. A
+    child adds to the residual stream if the block's output streams are no such combination without
+    it.
+    """
+    length, tolerance = block.input.shape[-2], SUM[block.output.dtype]
+    before, after = (
+        whole.float().reshape(length, streams, -1) for whole in (block.input, block.output)
+    )
+    size = before[:, 0].shape
+    children = [
+        call for call in calls if "." not in call.name and call.output.numel() == size.numel()
+    ]
+    if 2 * (streams + len(children)) > size[1]:  # any vector would be a combination
+        return _ResidualBasis([], [])
+
+    def combined(vectors: torch.Tensor, others: Sequence[BlockCall]) -> bool:
+        returned = [call.output.float().reshape(length, 1, -1) for call in others]
+        parts = torch.cat([before, *returned], dim=1).double()
+        wanted = vectors.double().reshape(length, -1, size[1])
+        parts = parts / parts.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        weights = wanted @ torch.linalg.pinv(parts)  # streams may be equal: no unique solution
+        return difference(weights @ parts, wanted) <= tolerance
+
+    norms = [call for call in calls if is_norm(call.module) and call.input.numel() == size.numel()]
+    behind = [c for c in norms if any(is_multiple(c.input, each.output) for each in children)]
+    reading = [c for c in norms if c not in behind and combined(c.input, children)]
+    others = [call for call in children if call not in reading]
+    adding = [
+        call
+        for call in (others if combined(after, others) else [])
+        if not combined(after, [each for each in others if each is not call])
+    ]
+    added = [call.output for call in adding]
+    return _ResidualBasis(
+        [call.output for call in reading],
+        added + [_source(call, calls).output for call in adding],
+    )
+
+
 def _linear_maps(
-    calls: Sequence[BlockCall], block: BlockCall, terms: Terms, shared: Collection[int]
+    calls: Sequence[BlockCall], block: BlockCall, basis: _ResidualBasis, shared: Collection[int]
 ) -> dict[str, ModuleMap]:
     """Return the linear maps that a pass calls once with every position, by name.
 
@@ -230,13 +300,6 @@ def _linear_maps(
     in `shared` have more than one module. A module whose class computes something else from its
     linear map, such as the router of Llama 4, is none.
     """
-    states = [block.input, *(_after(block, terms[:count]) for count in range(1, len(terms)))]
-    norms = [call for call in calls if is_norm(call.module)]
-    states += [
-        call.output for call in norms if any(is_multiple(call.input, each) for each in states)
-    ]
-    added = [call.output for call, _ in terms]
-    added += [_source(call, calls).output for call, _ in terms]
     positions, found = block.input.shape[-2], {}
     for call in calls:
         if not isinstance(call.module, nn.Linear | Conv1D) or _EXPERT.search(call.name):
@@ -246,9 +309,9 @@ def _linear_maps(
         if not once or not whole or id(call.module.weight) in shared:
             continue
         side = None
-        if any(is_multiple(call.input, state) for state in states):
+        if any(is_multiple(call.input, state) for state in basis.states):
             side = Side.INPUT
-        elif any(is_multiple(call.output, each) for each in added):
+        elif any(is_multiple(call.output, each) for each in basis.added):
             side = Side.VJP
         linear = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
         if type(call.module) not in LINEAR and not _computes(linear, call):
