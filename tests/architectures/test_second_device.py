@@ -65,7 +65,7 @@ from januslens_server.specs import (
 )
 from tests.architectures.cases import MEASURED, Case
 from tests.architectures.test_interventions import OTHER_PROMPT
-from tests.architectures.test_levels import QWEN3_NEXT
+from tests.architectures.test_levels import ALTUP, HYPER, QWEN3_NEXT
 from tests.architectures.test_mixer_heads import KIMI
 from tests.architectures.tiny_models import resident
 from tests.loading.test_lora import pairs_of, write
@@ -76,7 +76,7 @@ BY_ID = {case.id: case for case in MEASURED}
 LLAMA = BY_ID["llama-grouped"]
 # Conv1D, fused maps, ALiBi, post-norms with caps, windows, norms of queries and keys, experts. Read
 # by their structure: latent attention, complex rotations, chunks, per-layer inputs, delta rules,
-# state spaces beside attention and in place of it.
+# state spaces beside attention and in place of it. Several residual streams.
 CHOSEN = (
     *(
         case
@@ -102,6 +102,8 @@ CHOSEN = (
     ),
     QWEN3_NEXT,
     KIMI,
+    ALTUP,
+    HYPER,
 )
 # Those whose gradients are compared: of fused maps, experts, complex rotations and a delta rule.
 DIFFERENTIATED = (
