@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import InvalidRequest, ModelFailed
 from januslens_server.lens.merge import Merge
+from januslens_server.models.adapters import stream, view_of
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.resolve import resolve_activations, resolve_project
@@ -239,8 +241,7 @@ def test_layers_say_how_many_streams_they_have(case: Case) -> None:
     for found in model.view.levels:
         assert found.level is Level.STREAM
         assert found.reason == (
-            f"model.layers: its blocks pass on {streams} residual streams side by side "
-            "(hyper-connections or AltUp)"
+            f"the block mixes {streams} residual streams side by side (hyper-connections or AltUp)"
         )
 
 
@@ -288,3 +289,13 @@ def test_linear_maps_beside_mixed_streams_are_read_in_the_vocabulary(
         sides = {name: found.side for name, found in block.maps.items()}
         assert {sides[name] for name in reading} == {Side.INPUT}
         assert {sides[name] for name in adding} == {Side.VJP}
+
+
+def test_streams_that_are_merged_in_an_unknown_way_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{stream.__name__}.find_merge", lambda _modules: None)
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(HYPER.config()).eval()
+    with pytest.raises(ModelFailed, match=r"layers: the model merges its 2 residual streams in an"):
+        view_of(network)

@@ -26,7 +26,7 @@ from januslens_server.graph.weights import QueryScaling
 from januslens_server.models.adapters.modules import run_eagerly, table_rotation
 from januslens_server.models.adapters.observed_block import BlockFinder, BlockSettings
 from januslens_server.models.adapters.observed_pass import observe
-from januslens_server.models.adapters.several_streams import SEVERAL
+from januslens_server.models.adapters.several_streams import MIXING
 from januslens_server.models.adapters.stream import (
     Stream,
     find_stream,
@@ -104,7 +104,7 @@ def view(model: PreTrainedModel) -> ModelView:
         run_eagerly(model)
     stream = find_stream(model)
     if stream.count > 1:
-        return view_of_stream(stream, [f"{stream.name}: {SEVERAL.format(stream.count)}"])
+        return view_of_stream(stream, [MIXING.format(stream.count)])
     try:
         blocks, facts = _parts(stream)
     except UNKNOWN as error:

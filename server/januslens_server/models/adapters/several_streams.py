@@ -18,8 +18,8 @@ from januslens_server.capture.hooks import nth_tensor
 from januslens_server.lens.merge import GatedMean, Merge, ProjectedMean, WeightedSum
 from januslens_server.models.adapters.observed_pass import epsilon
 
-# Why the parts of such a block are unknown.
-SEVERAL = "its blocks pass on {} residual streams side by side (hyper-connections or AltUp)"
+# Why such a block shows its residual stream only.
+MIXING = "the block mixes {} residual streams side by side (hyper-connections or AltUp)"
 
 
 @dataclass(frozen=True)

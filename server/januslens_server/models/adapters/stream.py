@@ -33,7 +33,6 @@ from januslens_server.models.adapters.observed_pass import (
     scales,
 )
 from januslens_server.models.adapters.several_streams import (
-    SEVERAL,
     StreamAxis,
     find_merge,
     pass_side_by_side,
@@ -219,8 +218,8 @@ def _behind_blocks(
     merge = find_merge([module for module in model.modules() if module not in inside])
     if merge is None or merge.streams != streams:
         raise ModelFailed(
-            f"{name}: {SEVERAL.format(streams)} and merges them in an unknown way: expected a "
-            "merge as in DeepSeek V4, HY V4, Qwen 4 or Gemma 3n"
+            f"{name}: the model merges its {streams} residual streams in an unknown way: expected "
+            "a merge as in DeepSeek V4, HY V4, Qwen 4 or Gemma 3n"
         )
     return merge, _final_norm(calls, merge(last), TOLERANCE[last.dtype])
 
