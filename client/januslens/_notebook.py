@@ -533,14 +533,12 @@ def _model_row(model: Model) -> tuple[Child, ...]:
         model.vocab_size,
         model.max_positions,
     )
-    broken = [guarantee.name for guarantee in model.guarantees if not guarantee.held]
-    checks = f"failed: {', '.join(broken)}" if broken else f"{len(model.guarantees)} held"
     return (
         literal(model.name),
         model.state,
         model.provenance.architecture,
         *(str(size) if size else "" for size in sizes),
-        literal(model.state_reason or checks),
+        literal(model.state_reason or presentation.checks(model)),
     )
 
 

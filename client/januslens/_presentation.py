@@ -323,6 +323,15 @@ def loading_step(model: Model) -> str:
     return f"{math.floor(100 * model.loaded_fraction)} %"
 
 
+def checks(model: Model) -> str:
+    """Summarize the self-check: `4 checks passed`, or `failed:` and names; empty without checks."""
+    failed = [guarantee.name for guarantee in model.guarantees if not guarantee.held]
+    if failed:
+        return f"failed: {', '.join(failed)}"
+    number = len(model.guarantees)
+    return f"{number} check{'' if number == 1 else 's'} passed" if number else ""
+
+
 def waiting_line(waiting: Waiting) -> str:
     """Describe the place of a request that waits: `waiting: 3 requests ahead, about 12 s`."""
     number = waiting.requests_ahead

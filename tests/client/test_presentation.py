@@ -236,6 +236,21 @@ def test_a_model_whose_weights_are_read_is_being_checked(fraction: float, text: 
     assert presentation.loading_step(model) == text
 
 
+@pytest.mark.parametrize(
+    ("held", "text"),
+    [
+        ({}, ""),
+        ({"first": True}, "1 check passed"),
+        ({"first": True, "second": True}, "2 checks passed"),
+        ({"first": False, "second": True, "third": False}, "failed: first, third"),
+    ],
+)
+def test_the_self_check_is_summarized(held: dict[str, bool], text: str) -> None:
+    guarantees = [common_pb2.Guarantee(name=name, held=passed) for name, passed in held.items()]
+    model = Model.from_message(models_pb2.Model(guarantees=guarantees))
+    assert presentation.checks(model) == text
+
+
 def test_a_step_contributes_what_its_parts_contribute_together() -> None:
     parallel = fixtures.without_nodes("RESIDUAL_MID")
     both = {"L0/p1/ATTENTION_OUTPUT": 1.25, "L0/p1/MLP_OUTPUT": 1.75}

@@ -131,11 +131,8 @@ def _sizes(model: Model) -> tuple[int, ...]:
 
 
 def _checks(model: Model) -> Text:
-    """The number of guarantees that the self-check confirmed, or the names of those that failed."""
-    broken = [guarantee.name for guarantee in model.guarantees if not guarantee.held]
-    if broken:
-        return Text(f"failed: {', '.join(broken)}", "red")
-    return Text(f"{len(model.guarantees)} held" if model.guarantees else "")
+    passed = all(guarantee.held for guarantee in model.guarantees)
+    return Text(presentation.checks(model), "" if passed else "red")
 
 
 @click.command()
