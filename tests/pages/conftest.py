@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Error,
+    Locator,
+    Page,
+    Request,
+    sync_playwright,
+)
 
 import januslens
 from tests.pages.models import HOSTILE, random_gpt2, random_mixtral
@@ -96,6 +104,18 @@ def wait_until(tab: Page, expression: str) -> None:
     while not tab.evaluate(expression):
         assert time.monotonic() < deadline, f"still false after a minute: {expression}"
         tab.wait_for_timeout(20)
+
+
+def in_sight(tab: Page, part: Locator) -> bool:
+    """Whether a part is in the window as a whole, and above the facts that a narrow one shows."""
+    box, facts = part.bounding_box(), tab.locator(".inspector").bounding_box()
+    window = tab.viewport_size
+    assert box
+    assert facts
+    assert window
+    uncovered = facts["x"] >= box["x"] + box["width"] or facts["y"] >= box["y"] + box["height"]
+    inside = box["x"] >= 0 and box["x"] + box["width"] <= window["width"]
+    return uncovered and inside and 0 <= box["y"] <= window["height"] - box["height"]
 
 
 def exported(

@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 import januslens
 from januslens import InterventionEffects, SweepOver, zero
-from tests.pages.conftest import PROMPT
+from tests.pages.conftest import PROMPT, in_sight
 from tests.support.axe import serious_findings
 
 
@@ -55,6 +55,15 @@ def test_title_names_the_measure(opened: Page) -> None:
     opened.get_by_label("Measure").select_option("kl")
     expect(title).to_have_text("KL divergence in nats")
     assert serious_findings(opened) == []
+
+
+def test_a_link_shows_its_selection(opened: Page) -> None:
+    opened.set_viewport_size({"width": 390, "height": 500})
+    address = opened.url
+    opened.goto("about:blank")
+    opened.goto(f"{address}#sel=L0|position 7")
+    opened.wait_for_selector("html[data-ready=complete]", state="attached")
+    assert in_sight(opened, opened.locator(".heat .chip.selected"))
 
 
 def test_facts_of_a_selection_stay_in_sight_in_a_narrow_window(opened: Page) -> None:

@@ -17,7 +17,7 @@ from playwright.sync_api import Page, expect
 
 import januslens
 from januslens.cli.program import januslens as command
-from tests.pages.conftest import ELAPSED, PROMPT, exported, hostile_prompt, wait_until
+from tests.pages.conftest import ELAPSED, PROMPT, exported, hostile_prompt, in_sight, wait_until
 from tests.pages.models import LAYERS
 from tests.support.axe import serious_findings
 from tests.support.server import ServerProcess
@@ -463,6 +463,15 @@ def test_narrow_picture_scrolls_to_the_selection(tab: Page, deep: Shown) -> None
     assert box["x"] + box["width"] <= 480
     assert len(chosen.locator(".body").first.text_content() or "") >= 5  # of its token
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("width", [390, 768])
+@pytest.mark.parametrize("matrix", ["FF1", "FF2"])
+def test_a_link_shows_its_selection(tab: Page, deep: Shown, width: int, matrix: str) -> None:
+    tab.set_viewport_size({"width": width, "height": 700})
+    tab.goto(f"{deep.url}#sel=L2/p5/{matrix}")
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    assert in_sight(tab, tab.locator(".chip.painted.selected").first)
 
 
 def test_printed_page_is_light_with_complete_pictures(tab: Page, page: str) -> None:

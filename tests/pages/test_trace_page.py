@@ -17,7 +17,7 @@ from januslens import _presentation as presentation
 from januslens.v1 import common_pb2
 from januslens.viewer.html import gradient_page, trace_page
 from tests.client import presentation_fixtures as fixtures
-from tests.pages.conftest import ELAPSED, PROMPT, Traced, exported, traced, wait_until
+from tests.pages.conftest import ELAPSED, PROMPT, Traced, exported, in_sight, traced, wait_until
 from tests.pages.models import HOSTILE
 from tests.support.axe import serious_findings
 from tests.support.server import ServerProcess
@@ -913,6 +913,25 @@ def test_labels_of_rows_stay_when_a_narrow_window_scrolls(tab: Page, demo: Trace
     assert rank["x"] + rank["width"] <= 390
     box.locator(".row-labels span", has_text="L1").click()
     expect(tab.locator(".layer h2", has_text="Layer 1")).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [390, 768, 1440])
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [
+        (f"layers=3&sel={VALUE}", "svg.detail .chip.selected"),
+        (f"layers=2,3&sel={STRONGEST.replace('L3', 'L2')}", "svg.detail .chip.selected"),
+        (f"layers=3&view=table&sel={VALUE}", "table.nodes tr.selected th"),
+        ("layers=1&sel=L1/p3/BLOCK_OUTPUT", "svg.overview .cell.selected"),  # not traced in full
+    ],
+)
+def test_a_link_shows_its_selection(
+    tab: Page, demo: Traced, width: int, state: str, shown: str
+) -> None:
+    tab.set_viewport_size({"width": width, "height": 700})
+    opened(tab, demo, state)
+    expect(tab.locator(shown)).to_be_in_viewport()  # the table adds its later rows after a while
+    assert in_sight(tab, tab.locator(shown))
 
 
 def test_saved_names_are_a_part_of_the_page(tab: Page, demo: Traced, tmp_path: Path) -> None:

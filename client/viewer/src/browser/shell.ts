@@ -103,6 +103,11 @@ export function showSelection(facts: HTMLElement, selection: string): void {
   if (focused instanceof SVGElement) focused.scrollIntoView({ block: 'nearest', inline: 'nearest' })
 }
 
+/** Scrolls to the first selected chip of a region if it is not visible. */
+export function revealSelected(region: Element): void {
+  region.querySelector('.chip.selected')?.scrollIntoView({ block: 'nearest', inline: 'nearest' })
+}
+
 export type Theme = '' | 'light' | 'dark'
 
 /** Sets the theme; '' follows the system. The colours are in styles/theme.css. */

@@ -3,6 +3,7 @@ import {
   ChangeTracker,
   HashState,
   oncePerFrame,
+  revealSelected,
   type Shell,
   setTheme,
   shell,
@@ -122,6 +123,7 @@ class EffectsView {
   finish(): void {
     this.ended = true
     this.redraw()
+    if (!isLive() && this.state.get('sel')) revealSelected(this.parts.main)
     document.documentElement.dataset.ready = 'complete'
   }
 

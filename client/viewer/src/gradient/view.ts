@@ -2,6 +2,7 @@ import { exportDialog } from '../browser/export'
 import {
   ChangeTracker,
   oncePerFrame,
+  revealSelected,
   type Shell,
   setTheme,
   shell,
@@ -60,7 +61,8 @@ export async function gradientPage(): Promise<void> {
   }
   view.draw()
   document.documentElement.dataset.ready = 'complete'
-  await showPreviews(view)
+  await showPreviews(view) // above the maps
+  if (!isLive()) view.revealSelection()
 }
 
 async function showPreviews(view: GradientView): Promise<void> {
@@ -146,6 +148,11 @@ export class GradientView {
   selectPlace({ layer, position }: Coordinates): void {
     const kind = placeOf(this.selected())?.kind
     if (kind) this.state.set({ sel: placeId({ layer, position, kind }) })
+  }
+
+  /** Scrolls to the component that a link selected. */
+  revealSelection(): void {
+    if (placeOf(this.state.get('sel'))) revealSelected(this.panels.element)
   }
 
   draw(): void {

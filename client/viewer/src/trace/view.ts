@@ -2,6 +2,7 @@ import { exportDialog } from '../browser/export'
 import {
   ChangeTracker,
   oncePerFrame,
+  revealSelected,
   type Shell,
   setTheme,
   shell,
@@ -71,6 +72,7 @@ export async function tracePage(): Promise<void> {
   if (isLive()) await Promise.all(replays.map((stream) => replay(view, stream)))
   else for (const stream of replays) await replay(view, stream)
   view.draw()
+  if (!isLive()) view.revealSelection() // a live page is not opened by a link
   document.documentElement.dataset.ready = 'complete'
 }
 
@@ -276,6 +278,14 @@ export class TraceView {
     const heads = head && !opened.includes(head) ? { heads: [...opened, head].join(',') } : {}
     this.state.set({ sel: id, pos: String(node.position), ...layers, ...heads })
     this.parts.live.textContent = this.parts.aside.querySelector('h2')?.textContent ?? ''
+  }
+
+  /** Scrolls to the node that a link selected; an untraced position has only its cells in the map. */
+  revealSelection(): void {
+    const node = this.graph.node(this.state.get('sel'))
+    if (!node) return
+    if (this.graph.traced.includes(node.position)) this.details.reveal(node.id)
+    else revealSelected(this.overview.element)
   }
 
   pin(id: string): void {
