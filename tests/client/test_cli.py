@@ -401,7 +401,7 @@ def test_gradient_output_names_the_promoted_end() -> None:
     assert re.search(r"^ +3  ␣of \(7\) .* ␣Paris .* 0$", text[shift:], re.MULTILINE)
     assert "↑␣Paris" in text[shift:]
     assert "↓␣" in text[shift:]
-    assert re.search(r"FF2 against autograd: relative error at most .* held\)", text)
+    assert re.search(r"FF2 against autograd: relative error at most .* passed\)", text)
     assert "By segment of the prompt" in text
     assert "last subject token" in text
     assert max(len(line) for line in text.splitlines()) <= 110

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from januslens import End, Gradient, Matrix, MatrixKind, Side, read_gradient
 from januslens.assemblers import GradientAssembler
+from januslens.cli.gradient import verification_line
 from januslens.v1 import gradient_lens_pb2
 from tests.client import messages
 from tests.client.messages import gradient_stream
@@ -162,3 +163,15 @@ def test_one_matrix_is_saved(gradient: Gradient, tmp_path: Path) -> None:
 
 def test_the_stream_is_kept_as_json_and_read_back(gradient: Gradient) -> None:
     assert read_gradient(gradient.to_json_lines()) == gradient
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(1e-6, "passed"), (1e-5, "passed"), (1e-3, "FAILED")]
+)
+def test_a_comparison_with_autograd_passes_within_its_tolerance(error: float, verdict: str) -> None:
+    message = messages.matrix()
+    message.verification.relative_error = error
+    message.verification.tolerance = 1e-5
+    line = verification_line([with_matrix(message)])
+    assert line.plain.endswith(f"(tolerance 1e-05, {verdict})")
+    assert ("red" in str(line.style)) == (verdict == "FAILED")

@@ -452,11 +452,11 @@ def verification_line(matrices: Sequence[Matrix]) -> Text:
     """The largest difference between the factors and autograd's dense gradient."""
     checks = [matrix.verification for matrix in matrices if matrix.verification]
     worst = max(checks, key=lambda check: check.relative_error)
-    held = worst.relative_error <= worst.tolerance
+    passed = worst.relative_error <= worst.tolerance
     return Text(
         f"{matrices[0].kind} against autograd: relative error at most {worst.relative_error:.1e} "
-        f"(tolerance {worst.tolerance:.0e}, {'held' if held else 'NOT held'})",
-        "" if held else "bold red",
+        f"(tolerance {worst.tolerance:.0e}, {'passed' if passed else 'FAILED'})",
+        "" if passed else "bold red",
     )
 
 
