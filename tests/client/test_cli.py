@@ -368,10 +368,14 @@ def test_another_target_and_another_prompt() -> None:
 
 
 @pytest.mark.usefixtures("demo")
-def test_rows_limit_every_table_of_a_gradient() -> None:
+def test_rows_limit_every_table_of_a_gradient_but_not_its_page(tmp_path: Path) -> None:
+    page = tmp_path / "gradient.html"
     options = ("--target", " Paris", "--subject", " Japan", "--neurons", "3", "--spectrum", "2")
-    result = run("gradient", PROMPT, *options, "--matrices", "ff2", "--rows", "1")
+    limited = ("--matrices", "ff2", "--rows", "1", "--html", str(page))
+    result = run("gradient", PROMPT, *options, *limited)
     assert result.exit_code == 0
+    whole = page.read_text(encoding="utf-8")
+    assert whole.count('data-stream="gradient"') >= 6  # header, four layers, summary
     sections = result.stdout.split("\n\n")[1:]
     for section in sections:
         rows = re.findall(r"^ +\d+  .*|^L\d+ neuron.*|^FF2 +\d.*", section, re.MULTILINE)

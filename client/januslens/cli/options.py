@@ -359,7 +359,7 @@ rows_option = click.option(
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Maximum rows per table.",
+    help="Maximum rows per table in the terminal; does not apply to --html.",
 )
 
 model_option = click.option(
