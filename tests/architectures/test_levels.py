@@ -517,6 +517,7 @@ def test_block_that_scales_its_input_is_shown_with_the_factor() -> None:
         (Case("gemma", "bidirectional", BIDIRECTIONAL), "causal"),
         (Case("gemma3_text", "bidirectional", BIDIRECTIONAL), "causal"),
         (Case("bert", "encoder", {}), "causal"),
+        (Case("electra", "head wider than the blocks", {"embedding_size": 40}), "causal"),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )

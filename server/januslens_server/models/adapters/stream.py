@@ -210,8 +210,8 @@ def _behind_blocks(
 
     Raises `ModelFailed` if several streams are merged in an unknown way.
     """
-    streams = last.shape[-1] // _width(model)
-    if streams == 1:
+    streams, left = divmod(last.shape[-1], _width(model))
+    if streams <= 1 or left:
         norm = _final_norm(calls, last)
         hidden = _hidden_layer(calls, norm)
         return hidden if hidden is not None else (None, norm)
