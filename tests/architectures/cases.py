@@ -80,6 +80,15 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+# The part of a multimodal model that reads images.
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 SANDWICH = {"head_dim": 12, "query_pre_attn_scalar": 20, "layer_types": ALTERNATING}
 OWN_NAMES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, "seq_length": CONTEXT},
@@ -87,14 +96,7 @@ OWN_NAMES: dict[str, dict[str, Any]] = {
     "gemma2": SANDWICH,
     "gemma3": {
         "text_config": SIZES | SANDWICH | {"sliding_window": WINDOW, "num_key_value_heads": 2},
-        "vision_config": {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
+        "vision_config": TOWER,
     },
     "gemma3_text": SANDWICH,
     "gpt2": {"n_inner": 40},

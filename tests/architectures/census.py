@@ -28,6 +28,7 @@ from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.pipelines.self_check import checked
 from januslens_server.results import Level
+from tests.architectures.cases import TOWER
 from tests.architectures.tiny_models import TOKENIZER
 
 # Settings of the tiny models, by the names that families use.
@@ -97,15 +98,6 @@ SMALL = {
 DRAFTS = "it drafts tokens from the keys and values of another model and cannot run alone"
 MUSIC = "it generates music, not text: codes of sound, with a head for each codebook"
 
-# Settings of the parts of a model that read images.
-TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 # Settings of each of the transformers of BLT.
 BYTES = {
     "hidden_size": 64,

@@ -32,6 +32,7 @@ from tests.architectures.cases import (
     LATENT_WIDTHS,
     ROUTED,
     SIZES,
+    TOWER,
     VOCABULARY,
     WINDOW,
 )
@@ -46,14 +47,6 @@ THREE_AXES = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 
 INTERLEAVED = THREE_AXES | {"mrope_interleaved": True}
 WINDOWS = {"layer_types": ALTERNATING, "sliding_window": WINDOW}
 COHERE = TEXT | WINDOWS | {"model_type": "cohere2", "head_dim": 8, "logit_scale": 0.25}
-TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 PATCHES = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
 LINEAR = {
@@ -305,12 +298,16 @@ def test_names_of_older_checkpoints_are_known(prefix: str, tmp_path: Path) -> No
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_lora_of_the_whole_model_changes_the_text_decoder(tmp_path: Path) -> None:
-    wrapped("llava", tmp_path / "model")
+@pytest.mark.parametrize(("family", "layer"), [("llava", 1), ("mllama", 3)])
+def test_a_lora_of_the_whole_model_changes_the_text_decoder(
+    family: str, layer: int, tmp_path: Path
+) -> None:
+    """Layers 1 and 2 of 4 of mllama attend to images: layer 3 is the decoder's layer 1."""
+    wrapped(family, tmp_path / "model")
     base = load(ModelSource("text", str(tmp_path / "model")))
     torch.manual_seed(0)
     a, b = torch.randn(3, 32), torch.randn(32, 3)
-    pairs = {"model.language_model.layers.1.self_attn.q_proj": (a, b)}
+    pairs = {f"model.language_model.layers.{layer}.self_attn.q_proj": (a, b)}
     tuned = load_lora("tuned", write(tmp_path / "lora", pairs), base)
     matrix = tuned.view.matrix((1, MatrixKind.Q, None))
     assert isinstance(matrix, Linear)
@@ -374,16 +371,3 @@ def test_a_text_decoder_stored_alone_gives_its_own_logits(family: str, tmp_path:
         found = model.network(prompt).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert model.provenance.architecture == f"LlamaForCausalLM in {type(network).__name__}"
-
-
-def test_a_lora_of_layers_beyond_those_for_images_changes_the_right_layer(tmp_path: Path) -> None:
-    """Layers 1 and 2 of 4 attend to images: the last layer is the second one of the decoder."""
-    wrapped("mllama", tmp_path / "model")
-    base = load(ModelSource("text", str(tmp_path / "model")))
-    a, b = torch.randn(3, 32), torch.randn(32, 3)
-    pairs = {"model.language_model.layers.3.self_attn.q_proj": (a, b)}
-    tuned = load_lora("tuned", write(tmp_path / "lora", pairs), base)
-    matrix = tuned.view.matrix((1, MatrixKind.Q, None))
-    assert isinstance(matrix, Linear)
-    own = base.network.get_parameter("model.layers.1.self_attn.q_proj.weight")
-    torch.testing.assert_close(matrix.weight.T, own + ALPHA / RANK * b @ a)

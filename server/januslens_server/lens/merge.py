@@ -50,8 +50,24 @@ class Merge(ABC):
         return streams
 
 
+class ScaledSum(Merge):
+    """A sum of the streams, each number times a factor that depends on all streams."""
+
+    @abstractmethod
+    def factors(self, residual: torch.Tensor) -> torch.Tensor:
+        """Return the factors `[..., streams, d_model]`, or `[..., streams, 1]` if equal."""
+
+    def __call__(self, residual: torch.Tensor) -> torch.Tensor:
+        """Return the sums."""
+        return (self.factors(residual) * self.divided(residual)).sum(-2)
+
+    def pull_back(self, direction: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Return the direction times each number's factor."""
+        return (self.factors(at) * direction.float()[..., None, :]).flatten(-2)
+
+
 @dataclass(frozen=True)
-class WeightedSum(Merge):
+class WeightedSum(ScaledSum):
     """The head of hyper-connections: a sum whose weights depend on all streams.
 
     The weights are `sigmoid(scale * (RMSNorm(x) matrix^T) + base) + floor`; `matrix` is
@@ -69,25 +85,16 @@ class WeightedSum(Merge):
         """The number of streams."""
         return len(self.matrix)
 
-    def __call__(self, residual: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sums."""
-        return (self._weights(residual) * self.divided(residual)).sum(-2)
-
-    def pull_back(self, direction: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Return the direction times each stream's weight."""
-        return (self._weights(at) * direction.float()[..., None, :]).flatten(-2)
-
-    def _weights(self, residual: torch.Tensor) -> torch.Tensor:
+    def factors(self, residual: torch.Tensor) -> torch.Tensor:
         """Return the weights `[..., streams, 1]`."""
         whole = residual.float()
         whole = whole * torch.rsqrt(whole.square().mean(-1, keepdim=True) + self.eps)
-        return (torch.sigmoid(whole @ self.matrix.T * self.scale + self.base) + self.floor)[
-            ..., None
-        ]
+        weights = torch.sigmoid(whole @ self.matrix.T * self.scale + self.base) + self.floor
+        return weights[..., None]
 
 
 @dataclass(frozen=True)
-class GatedMean(Merge):
+class GatedMean(ScaledSum):
     """The mean of normed streams times gates, which depend on all streams (Qwen 4).
 
     The gates are `sigmoid(up(silu(down(x) / streams)))`, where x are the streams, each divided by
@@ -105,15 +112,7 @@ class GatedMean(Merge):
         """The number of streams."""
         return len(self.weight)
 
-    def __call__(self, residual: torch.Tensor) -> torch.Tensor:
-        """Return the means."""
-        return (self._factors(residual) * self.divided(residual)).sum(-2)
-
-    def pull_back(self, direction: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Return the direction times each number's factor."""
-        return (self._factors(at) * direction.float()[..., None, :]).flatten(-2)
-
-    def _factors(self, residual: torch.Tensor) -> torch.Tensor:
+    def factors(self, residual: torch.Tensor) -> torch.Tensor:
         """Return the factors `[..., streams, d_model]` of the streams' numbers."""
         divided = self.divided(residual)
         scales = torch.rsqrt(divided.square().mean(-1, keepdim=True) + self.eps) * self.weight
